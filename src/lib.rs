@@ -1,0 +1,6 @@
+//! heaptap attaches to a running CPython process by pid, records where its memory is allocated,
+//! and lets go without a trace.
+
+pub mod addr;
+pub mod inferior;
+pub mod memory;
