@@ -3,4 +3,6 @@
 
 pub mod addr;
 pub mod inferior;
+pub mod mapping;
 pub mod memory;
+pub mod probe;

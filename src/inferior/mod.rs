@@ -11,6 +11,7 @@
 
 pub mod error;
 pub mod facts;
+pub mod maps;
 pub mod memory;
 pub mod remote_call;
 pub mod stop;
@@ -65,6 +66,8 @@ pub struct Inferior {
     /// Instruction pointer that a breakpoint's trap reports → where execution goes on as if it weren't there.
     bypasses: HashMap<u64, RemoteAddr>,
     syscall_instruction: Option<RemoteAddr>,
+    /// Its threads have seccomp filters, which remote calls suspend.
+    filtered: bool,
     ended: bool,
 }
 
@@ -90,6 +93,7 @@ impl Inferior {
             mem_file,
             bypasses: HashMap::new(),
             syscall_instruction: None,
+            filtered: false,
             ended: false,
         };
         match inferior.seize_new_threads() {
@@ -441,6 +445,16 @@ impl Inferior {
         sys::set_rip(tid, rip.0).map_err(TraceError::of("set the instruction pointer of", tid))
     }
 
+    /// Blocked signals of a stopped thread; bit `n - 1` is signal `n`.
+    pub fn mask(&self, tid: i32) -> Result<u64, TraceError> {
+        sys::signal_mask(tid).map_err(TraceError::of("read the signal mask of", tid))
+    }
+
+    /// Sets the blocked signals of a stopped thread.
+    pub fn set_mask(&self, tid: i32, mask: u64) -> Result<(), TraceError> {
+        sys::set_signal_mask(tid, mask).map_err(TraceError::of("set the signal mask of", tid))
+    }
+
     /// Makes a system call in the name of the stopped thread `tid`. What the thread held is delivered first
     /// when it is a signal; a group stop stays in force.
     pub fn remote_syscall(&mut self, tid: i32, call: Call) -> Result<u64, TraceError> {
@@ -449,10 +463,38 @@ impl Inferior {
         let settled = remote_call::settle(tid, held)?;
         let held = self.unless_ended(tid, settled)?;
         self.world.set_held(tid, held);
-        let outcome = remote_call::call(tid, instruction, call, held)?;
+        let outcome = self.without_seccomp(tid, |_| remote_call::call(tid, instruction, call, held))?;
         self.world.set_held(tid, outcome.held);
         let raw = self.unless_ended(tid, outcome.result)?;
         remote_call::decode_result(self.pid, call.name, raw)
+    }
+
+    /// From now on system calls in the target's name are made with its seccomp filters suspended, each for
+    /// just as long as it takes.
+    pub fn suspend_filters(&mut self) -> Result<(), Errno> {
+        let Some(tid) = self.world.tids().into_iter().find(|t| self.world.held(*t).is_some()) else {
+            return Err(Errno::ESRCH);
+        };
+        sys::suspend_seccomp(tid, true)?;
+        sys::suspend_seccomp(tid, false)?;
+        self.filtered = true;
+        Ok(())
+    }
+
+    fn without_seccomp<T>(
+        &mut self,
+        tid: i32,
+        act: impl FnOnce(&mut Self) -> Result<T, TraceError>,
+    ) -> Result<T, TraceError> {
+        if !self.filtered {
+            return act(self);
+        }
+        sys::suspend_seccomp(tid, true).map_err(TraceError::of("suspend the seccomp filter of", tid))?;
+        let result = act(self);
+        match sys::suspend_seccomp(tid, false) {
+            Ok(()) | Err(Errno::ESRCH) => result,
+            Err(errno) => Err(TraceError::of("restore the seccomp filter of", tid)(errno)),
+        }
     }
 
     fn unless_ended<T>(&mut self, tid: i32, result: Result<T, Ended>) -> Result<T, TraceError> {
@@ -476,13 +518,25 @@ impl Inferior {
     /// Makes a system call in the name of a child at its birth (see [`Notice::Forked`]).
     pub fn child_syscall(&mut self, child: i32, call: Call) -> Result<u64, TraceError> {
         let instruction = self.syscall_instruction()?;
-        match remote_call::call(child, instruction, call, Held::Nothing)?.result {
+        let outcome = self.without_seccomp(child, |_| remote_call::call(child, instruction, call, Held::Nothing))?;
+        match outcome.result {
             Ok(raw) => remote_call::decode_result(child, call.name, raw),
             Err(Ended(_)) => {
                 self.newborns.remove(&child);
                 Err(TraceError::Gone { tid: child })
             }
         }
+    }
+
+    /// Children stopped at their birth, of which no notice was handed out yet; none will be.
+    pub fn newborns(&mut self) -> Vec<i32> {
+        self.notices.retain(|n| !matches!(n, Notice::Forked(_)));
+        self.newborns.iter().copied().collect()
+    }
+
+    /// Whether a child runs in the process's own memory (see the head of this module).
+    pub fn has_guests(&self) -> bool {
+        !self.guests.is_empty()
     }
 
     /// Writes into a child at its birth.

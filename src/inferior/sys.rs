@@ -77,8 +77,7 @@ pub fn detach(tid: i32, signal: i32) -> Result<(), Errno> {
 
 /// Registers of a stopped tracee.
 pub fn registers(tid: i32) -> Result<Registers, Errno> {
-    // SAFETY: an all-zero user_regs_struct is a valid value: it holds integers alone.
-    let mut regs: Registers = unsafe { std::mem::zeroed() };
+    let mut regs = no_registers();
     ptrace(libc::PTRACE_GETREGS, tid, 0, &raw mut regs as usize)?;
     Ok(regs)
 }
@@ -231,4 +230,10 @@ pub fn requested_stop() -> Option<i32> {
 /// Whether the timer ticked since the last call.
 pub fn ticked() -> bool {
     TICKED.swap(false, Ordering::Relaxed)
+}
+
+/// Registers that are all zero.
+pub fn no_registers() -> Registers {
+    // SAFETY: an all-zero user_regs_struct is a valid value: it holds integers alone.
+    unsafe { std::mem::zeroed() }
 }
