@@ -5,8 +5,8 @@
 
 use crate::addr::RemoteAddr;
 use crate::mapping::{Backing, Mapping, Perms};
-use procfs::process::{MMPermissions, MMapPath, Process};
 use procfs::ProcError;
+use procfs::process::{MMPermissions, MMapPath, Process};
 use std::path::PathBuf;
 
 /// A fact about a process that could not be learnt.

@@ -13,6 +13,7 @@ pub mod error;
 pub mod facts;
 pub mod maps;
 pub mod memory;
+pub mod recovery;
 pub mod remote_call;
 pub mod stop;
 pub mod sys;
@@ -22,7 +23,7 @@ use crate::addr::RemoteAddr;
 use error::{AttachError, TraceError};
 use memory::ProcessMemory;
 use nix::errno::Errno;
-use remote_call::{Call, Ended};
+use remote_call::{Call, Ended, Gadgets};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -65,7 +66,7 @@ pub struct Inferior {
     mem_file: File,
     /// Instruction pointer that a breakpoint's trap reports → where execution goes on as if it weren't there.
     bypasses: HashMap<u64, RemoteAddr>,
-    syscall_instruction: Option<RemoteAddr>,
+    gadgets: Option<Gadgets>,
     /// Its threads have seccomp filters, which remote calls suspend.
     filtered: bool,
     ended: bool,
@@ -92,7 +93,7 @@ impl Inferior {
             memory: ProcessMemory::new(pid),
             mem_file,
             bypasses: HashMap::new(),
-            syscall_instruction: None,
+            gadgets: None,
             filtered: false,
             ended: false,
         };
@@ -458,12 +459,14 @@ impl Inferior {
     /// Makes a system call in the name of the stopped thread `tid`. What the thread held is delivered first
     /// when it is a signal; a group stop stays in force.
     pub fn remote_syscall(&mut self, tid: i32, call: Call) -> Result<u64, TraceError> {
-        let instruction = self.syscall_instruction()?;
+        let gadgets = self.gadgets()?;
         let held = self.world.held(tid).ok_or(TraceError::Gone { tid })?;
         let settled = remote_call::settle(tid, held)?;
         let held = self.unless_ended(tid, settled)?;
         self.world.set_held(tid, held);
-        let outcome = self.without_seccomp(tid, |_| remote_call::call(tid, instruction, call, held))?;
+        let outcome = self.without_seccomp(tid, |me| {
+            remote_call::call(tid, gadgets, call, held, &|addr, bytes| me.write(addr, bytes))
+        })?;
         self.world.set_held(tid, outcome.held);
         let raw = self.unless_ended(tid, outcome.result)?;
         remote_call::decode_result(self.pid, call.name, raw)
@@ -506,19 +509,26 @@ impl Inferior {
         })
     }
 
-    fn syscall_instruction(&mut self) -> Result<RemoteAddr, TraceError> {
-        if let Some(found) = self.syscall_instruction {
+    fn gadgets(&mut self) -> Result<Gadgets, TraceError> {
+        if let Some(found) = self.gadgets {
             return Ok(found);
         }
-        let found = remote_call::find_syscall_instruction(self.pid, &self.memory)?;
-        self.syscall_instruction = Some(found);
+        let maps = maps::mappings(self.pid).map_err(|e| TraceError::Proc {
+            path: format!("/proc/{}/maps", self.pid),
+            source: std::io::Error::other(e),
+        })?;
+        let found = remote_call::find_gadgets(self.pid, &self.memory, &maps)?;
+        self.gadgets = Some(found);
         Ok(found)
     }
 
     /// Makes a system call in the name of a child at its birth (see [`Notice::Forked`]).
     pub fn child_syscall(&mut self, child: i32, call: Call) -> Result<u64, TraceError> {
-        let instruction = self.syscall_instruction()?;
-        let outcome = self.without_seccomp(child, |_| remote_call::call(child, instruction, call, Held::Nothing))?;
+        let gadgets = self.gadgets()?;
+        let outcome = self.without_seccomp(child, |me| {
+            let write = |addr, bytes: &[u8]| me.write_child(child, addr, bytes);
+            remote_call::call(child, gadgets, call, Held::Nothing, &write)
+        })?;
         match outcome.result {
             Ok(raw) => remote_call::decode_result(child, call.name, raw),
             Err(Ended(_)) => {

@@ -1,25 +1,33 @@
 //! One system call made in the name of a stopped thread of the target.
 //!
-//! The call runs on a `syscall` instruction that the target has anyway (the vDSO's), under
+//! The call runs on a `syscall` instruction that the target has anyway (its libc's), under
 //! PTRACE_SYSCALL, with every signal blocked: no trap signal is raised (an int3 or a single step would make
 //! the kernel reset a blocked SIGTRAP's disposition) and no signal of the target's is taken early or lost.
+//! Should heaptap be killed in the middle of it, the thread finds home by itself: see [`super::recovery`].
+//!
 //! Afterwards registers and mask are what they were, and the thread is taken to a stop inside the kernel's
 //! signal path, so that an interrupted system call restarts when it runs on.
 
 use super::error::TraceError;
+use super::recovery;
 use super::stop::StopEvent;
 use super::sys::{self, Registers, Wait, Waited};
 use super::world::Held;
 use crate::addr::RemoteAddr;
+use crate::mapping::{Backing, Mapping};
 use crate::memory::RemoteMemory;
 use nix::errno::Errno;
-use procfs::process::{MMPermissions, MMapPath, Process};
 
-/// `syscall`.
-const SYSCALL: [u8; 2] = [0x0f, 0x05];
+/// `syscall; ret`
+const SYSCALL_RET: &[u8] = &[0x0f, 0x05, 0xc3];
+/// `syscall`
+const SYSCALL: &[u8] = &[0x0f, 0x05];
+/// `mov $15, %rax; syscall` and `mov $15, %eax; syscall`: how signal handlers return (`__restore_rt`).
+const RESTORERS: [&[u8]; 2] =
+    [&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
 /// Text read at a time while looking for it, and the most that is looked at.
-const SCAN_CHUNK: usize = 64 << 10;
-const SCAN_LIMIT: usize = 4 << 20;
+const SCAN_CHUNK: u64 = 256 << 10;
+const SCAN_LIMIT: u64 = 8 << 20;
 /// `MAX_ERRNO` of the kernel: results in -4095..=-1 are errors.
 const MAX_ERRNO: u64 = 4095;
 
@@ -34,30 +42,42 @@ pub struct Call {
     pub args: [u64; 6],
 }
 
-/// A `syscall` instruction somewhere in the target's executable memory.
-pub fn find_syscall_instruction(pid: i32, memory: &dyn RemoteMemory) -> Result<RemoteAddr, TraceError> {
-    let path = format!("/proc/{pid}/maps");
-    let failed =
-        |e: procfs::ProcError| TraceError::Proc { path: path.clone(), source: std::io::Error::other(e) };
-    let maps = Process::new(pid).and_then(|p| p.maps()).map_err(failed)?;
-    let executable = |m: &&procfs::process::MemoryMap| {
-        m.perms.contains(MMPermissions::EXECUTE | MMPermissions::READ) && m.pathname != MMapPath::Vsyscall
-    };
-    let vdso = maps.iter().filter(|m| m.pathname == MMapPath::Vdso);
-    let others = maps.iter().filter(|m| m.pathname != MMapPath::Vdso);
-    for map in vdso.chain(others).filter(executable) {
-        let (mut at, end) = (map.address.0, map.address.1.min(map.address.0 + SCAN_LIMIT as u64));
+/// Instructions that the target has anyway and that a call uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gadgets {
+    /// `syscall`, followed by `ret` where there is a restorer.
+    pub syscall: RemoteAddr,
+    /// What a signal handler returns through.
+    pub restorer: Option<RemoteAddr>,
+}
+
+/// Looks for [`Gadgets`] in the target's executable memory: its libc has all of them, its vDSO a bare `syscall`.
+pub fn find_gadgets(pid: i32, memory: &dyn RemoteMemory, maps: &[Mapping]) -> Result<Gadgets, TraceError> {
+    let (mut bare, mut with_ret, mut restorer) = (None, None, None);
+    for map in maps.iter().filter(|m| m.perms.execute && m.perms.read) {
+        if matches!(&map.backing, Backing::Named(name) if name == "[vsyscall]") {
+            continue;
+        }
+        let (mut at, end) = (map.start.0, map.end.0.min(map.start.0 + SCAN_LIMIT));
         while at < end {
-            let len = SCAN_CHUNK.min((end - at) as usize);
+            let len = SCAN_CHUNK.min(end - at) as usize;
             let Ok(text) = memory.read_vec(RemoteAddr(at), len) else { break };
-            if let Some(found) = text.windows(2).position(|w| w == SYSCALL) {
-                return Ok(RemoteAddr(at + found as u64));
+            let find = |pattern: &[u8]| {
+                text.windows(pattern.len()).position(|w| w == pattern).map(|i| RemoteAddr(at + i as u64))
+            };
+            bare = bare.or_else(|| find(SYSCALL));
+            with_ret = with_ret.or_else(|| find(SYSCALL_RET));
+            restorer = restorer.or_else(|| RESTORERS.iter().find_map(|r| find(r)));
+            if let (Some(syscall), Some(_)) = (with_ret, restorer) {
+                return Ok(Gadgets { syscall, restorer });
             }
-            at += len as u64;
+            // Chunks overlap by a page, lest a pattern lie across two.
+            at += SCAN_CHUNK - 4096;
         }
     }
-    Err(TraceError::Proc {
-        path,
+    tracing::debug!("process {pid} has no `syscall; ret` with a signal restorer: calls have no way home");
+    bare.map(|syscall| Gadgets { syscall, restorer: None }).ok_or_else(|| TraceError::Proc {
+        path: format!("/proc/{pid}/maps"),
         source: std::io::Error::other("no syscall instruction in executable memory"),
     })
 }
@@ -88,18 +108,25 @@ pub fn settle(tid: i32, held: Held) -> Result<Result<Held, Ended>, TraceError> {
     })
 }
 
-/// Makes `call` in the name of the stopped and settled thread `tid`.
-pub fn call(tid: i32, instruction: RemoteAddr, call: Call, held: Held) -> Result<Outcome, TraceError> {
+/// Makes `call` in the name of the stopped and settled thread `tid`. `write` writes into the target.
+pub fn call(
+    tid: i32,
+    gadgets: Gadgets,
+    call: Call,
+    held: Held,
+    write: &dyn Fn(RemoteAddr, &[u8]) -> Result<(), TraceError>,
+) -> Result<Outcome, TraceError> {
     let saved = sys::registers(tid).map_err(TraceError::of("read the registers of", tid))?;
     let mask = sys::signal_mask(tid).map_err(TraceError::of("read the signal mask of", tid))?;
-    sys::set_signal_mask(tid, !0).map_err(TraceError::of("block the signals of", tid))?;
+    let errand = prepared(tid, &saved, mask, gadgets, call, write)?;
     let mut held = held;
-    let ran = run(tid, &prepared(&saved, instruction, call), &mut held);
+    let ran = run(tid, &errand, &mut held);
     if let Ok(Err(ended)) = &ran {
         return Ok(Outcome { result: Err(*ended), held });
     }
-    sys::set_registers(tid, &saved).map_err(TraceError::of("restore the registers of", tid))?;
+    // The mask first: killed in between, we leave a thread that is still on its way home.
     sys::set_signal_mask(tid, mask).map_err(TraceError::of("restore the signal mask of", tid))?;
+    sys::set_registers(tid, &saved).map_err(TraceError::of("restore the registers of", tid))?;
     match settle(tid, Held::Nothing)? {
         Err(ended) => Ok(Outcome { result: Err(ended), held }),
         Ok(Held::Nothing) => Ok(Outcome { result: ran?, held }),
@@ -107,19 +134,35 @@ pub fn call(tid: i32, instruction: RemoteAddr, call: Call, held: Held) -> Result
     }
 }
 
-fn prepared(saved: &Registers, instruction: RemoteAddr, call: Call) -> Registers {
+/// The registers of the call, after the way home was laid on the thread's stack. Where that can't be (the stack
+/// would have to grow for it, or there is no restorer) the call is made without.
+fn prepared(
+    tid: i32,
+    saved: &Registers,
+    mask: u64,
+    gadgets: Gadgets,
+    call: Call,
+    write: &dyn Fn(RemoteAddr, &[u8]) -> Result<(), TraceError>,
+) -> Result<Registers, TraceError> {
     let mut regs = *saved;
-    regs.rip = instruction.0;
+    regs.rip = gadgets.syscall.0;
     regs.rax = call.number as u64;
     // No system call is being left: the kernel must not "restart" one over our registers.
     regs.orig_rax = u64::MAX;
     [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = call.args;
-    regs
+    let xstate = sys::extended_state(tid).map_err(TraceError::of("read the vector registers of", tid))?;
+    let frame = gadgets.restorer.zip(xstate).and_then(|(r, x)| recovery::frame(saved, mask, &x, r));
+    match frame {
+        Some(frame) if write(frame.at, &frame.bytes).is_ok() => regs.rsp = frame.at.0,
+        _ => tracing::warn!("thread {tid} has no way home should heaptap be killed within the next 100 µs"),
+    }
+    Ok(regs)
 }
 
 /// Runs to the entry, then to the exit of the call.
 fn run(tid: i32, regs: &Registers, held: &mut Held) -> Result<Result<u64, Ended>, TraceError> {
     sys::set_registers(tid, regs).map_err(TraceError::of("set the registers of", tid))?;
+    sys::set_signal_mask(tid, !0).map_err(TraceError::of("block the signals of", tid))?;
     for _ in ["entry", "exit"] {
         let mut signal = 0;
         loop {
@@ -168,5 +211,110 @@ mod tests {
         assert_eq!(decode_result(1, "mmap", (-4096_i64) as u64).unwrap(), (-4096_i64) as u64);
         let refused = decode_result(1, "mmap", (-12_i64) as u64);
         assert!(matches!(refused, Err(TraceError::RemoteCall { errno: Errno::ENOMEM, .. })));
+    }
+}
+
+/// A controller that is killed in the middle of an errand: the thread comes home and goes on.
+#[cfg(test)]
+mod killed_on_an_errand {
+    use super::*;
+    use crate::inferior::Inferior;
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Child, Command, Stdio};
+
+    const TARGET: &str = "HEAPTAP_TEST_ERRAND_TARGET";
+    const STAGE: &str = "HEAPTAP_TEST_ERRAND_STAGE";
+
+    /// Not a test of its own: run by the one below, it dies while `TARGET`'s thread has our registers.
+    #[test]
+    fn controller() {
+        let (Ok(pid), Ok(stage)) = (std::env::var(TARGET), std::env::var(STAGE)) else { return };
+        let mut inferior = Inferior::seize(pid.parse().unwrap()).unwrap();
+        inferior.stop().unwrap();
+        let tid = inferior.pid();
+        let gadgets = inferior.gadgets().unwrap();
+        assert!(gadgets.restorer.is_some());
+        let held = inferior.world.held(tid).unwrap();
+        settle(tid, held).unwrap().unwrap();
+        let saved = sys::registers(tid).unwrap();
+        let mask = sys::signal_mask(tid).unwrap();
+        let getppid = Call { name: "getppid", number: libc::SYS_getppid, args: [0; 6] };
+        let errand = prepared(tid, &saved, mask, gadgets, getppid, &|a, b| inferior.write(a, b)).unwrap();
+        sys::set_registers(tid, &errand).unwrap();
+        if stage != "registers" {
+            sys::set_signal_mask(tid, !0).unwrap();
+            for _ in 0..if stage == "exit" { 2 } else { 1 } {
+                sys::resume_to_syscall_with(tid, 0).unwrap();
+                assert_eq!(wait_for(tid).unwrap(), StopEvent::Syscall);
+            }
+        }
+        nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+
+    /// Copies and compares blocks with the vector instructions of libc's memcpy and memcmp for as long as its
+    /// input is open; answers every line.
+    const BUSY: &str = "
+import sys, threading
+def serve():
+    for line in sys.stdin:
+        print(line.strip(), flush=True)
+    done.set()
+done = threading.Event()
+threading.Thread(target=serve).start()
+block = bytes(range(256)) * 40
+while not done.is_set():
+    copy = bytearray(block)
+    assert copy == block and bytes(copy[1:]) == block[1:]
+";
+    /// Mostly blocked in a read.
+    const BLOCKED: &str = "
+import sys
+for line in sys.stdin:
+    print(line.strip(), flush=True)
+";
+
+    fn target(program: &str) -> Child {
+        let python =
+            ["python3", "python3.11"].into_iter().find(|p| Command::new(p).arg("-V").output().is_ok());
+        let python = python.expect("this test needs a python3 on PATH");
+        let mut command = Command::new(python);
+        command.args(["-c", program]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+    }
+
+    fn survives(program: &str) {
+        let mut target = target(program);
+        let mut input = target.stdin.take().unwrap();
+        let mut output = BufReader::new(target.stdout.take().unwrap()).lines();
+        let mut ask = |n: u32| {
+            writeln!(input, "{n}").unwrap();
+            output.next().expect("the target is alive").unwrap()
+        };
+        assert_eq!(ask(1), "1");
+        for round in 0..20 {
+            for stage in ["registers", "entry", "exit"] {
+                let controller = Command::new(std::env::current_exe().unwrap())
+                    .args(["--exact", "inferior::remote_call::killed_on_an_errand::controller"])
+                    .env(TARGET, target.id().to_string())
+                    .env(STAGE, stage)
+                    .output()
+                    .unwrap();
+                let told = String::from_utf8_lossy(&controller.stderr);
+                assert_eq!(controller.status.signal(), Some(9), "{told}");
+                assert_eq!(ask(round), round.to_string(), "killed at {stage}");
+            }
+        }
+        drop(input);
+        assert!(target.wait().unwrap().success());
+    }
+
+    #[test]
+    fn leaves_a_blocked_thread_as_it_was() {
+        survives(BLOCKED);
+    }
+
+    #[test]
+    fn leaves_a_thread_with_live_vector_registers_as_it_was() {
+        survives(BUSY);
     }
 }

@@ -28,6 +28,10 @@ const PTRACE_SETSIGMASK: u32 = 0x420b;
 /// `offsetof(struct user, regs.rip)`.
 const USER_RIP: usize = std::mem::offset_of!(libc::user_regs_struct, rip);
 const KCMP_VM: c_int = 1;
+/// FXSAVE area and XSAVE header: what every XSAVE image has.
+pub const LEAST_XSAVE_LEN: usize = 576;
+/// `<linux/elf.h>`
+const NT_X86_XSTATE: usize = 0x202;
 
 /// `struct ptrace_peeksiginfo_args` of `<linux/ptrace.h>`.
 #[repr(C)]
@@ -85,6 +89,30 @@ pub fn registers(tid: i32) -> Result<Registers, Errno> {
 /// Sets the registers of a stopped tracee.
 pub fn set_registers(tid: i32, regs: &Registers) -> Result<(), Errno> {
     ptrace(libc::PTRACE_SETREGS, tid, 0, std::ptr::from_ref(regs) as usize).map(drop)
+}
+
+/// The extended state (XSAVE image in the standard format) of a stopped tracee; `None` where the processor has none.
+pub fn extended_state(tid: i32) -> Result<Option<Vec<u8>>, Errno> {
+    let mut image = vec![0_u8; 16 << 10];
+    let mut iov = libc::iovec { iov_base: image.as_mut_ptr().cast(), iov_len: image.len() };
+    match ptrace(libc::PTRACE_GETREGSET, tid, NT_X86_XSTATE, &raw mut iov as usize) {
+        Ok(_) => {
+            image.truncate(iov.iov_len);
+            Ok(Some(image))
+        }
+        Err(Errno::ENODEV | Errno::EINVAL) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Bytes of an XSAVE image in the standard format that holds these features (CPUID leaf 0xD).
+pub fn xsave_len(features: u64) -> usize {
+    let wanted = (2..63).filter(|i| features & (1 << i) != 0);
+    let ends = wanted.map(|i| {
+        let leaf = std::arch::x86_64::__cpuid_count(0xd, i);
+        (leaf.ebx + leaf.eax) as usize
+    });
+    ends.max().unwrap_or(0).max(LEAST_XSAVE_LEN)
 }
 
 /// Sets the instruction pointer of a stopped tracee.

@@ -50,7 +50,9 @@ pub enum ProbeError {
         module: String,
     },
     /// The application uses SIGTRAP itself.
-    #[error("the target {how} SIGTRAP: breakpoints of the trap kind would change what it sees, and kill it should heaptap be killed")]
+    #[error(
+        "the target {how} SIGTRAP: breakpoints of the trap kind would change what it sees, and kill it should heaptap be killed"
+    )]
     SigtrapInUse {
         /// "handles", "ignores" or "blocks (thread N)".
         how: String,

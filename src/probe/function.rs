@@ -241,10 +241,7 @@ mod tests {
     fn a_calloc_that_overflows_has_no_size() {
         let call = Function::Calloc.request(&regs([1 << 40, 1 << 40, 0, 0]));
         assert_eq!(call, Request::Allocate { size: None });
-        assert_eq!(
-            Function::Calloc.request(&regs([3, 5, 0, 0])),
-            Request::Allocate { size: Some(15) }
-        );
+        assert_eq!(Function::Calloc.request(&regs([3, 5, 0, 0])), Request::Allocate { size: Some(15) });
     }
 
     #[test]

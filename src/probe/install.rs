@@ -221,9 +221,8 @@ impl Planting<'_> {
     }
 
     fn finish_regions(&mut self, original: &[u8; ACTION_LEN], options: Options) -> Result<(), ProbeError> {
-        let thunks: Vec<_> = self.regions.iter().flat_map(|r| r.thunks.clone()).collect();
         let traps: Vec<_> =
-            Calls::new(thunks).bypasses().into_iter().map(|(rip, to)| (RemoteAddr(rip), to)).collect();
+            self.regions.iter().flat_map(|r| r.thunks.iter().flat_map(|t| t.traps())).collect();
         let others: Vec<_> = self.regions.iter().skip(1).map(|r| r.base).collect();
         let first = &mut self.regions[0];
         first.finish_first(&self.patches, &traps, &others, options.may_heal)?;
@@ -268,10 +267,8 @@ fn report(result: Result<(), TraceError>) {
 
 fn myself() -> Result<Controller, ProbeError> {
     let pid = std::process::id() as i32;
-    let start_time = maps::start_time(pid).map_err(|e| TraceError::Proc {
-        path: "/proc/self/stat".into(),
-        source: std::io::Error::other(e),
-    })?;
+    let start_time = maps::start_time(pid)
+        .map_err(|e| TraceError::Proc { path: "/proc/self/stat".into(), source: std::io::Error::other(e) })?;
     Ok(Controller { pid: pid as u64, start_time })
 }
 
@@ -303,7 +300,8 @@ impl Installed {
     fn clean_child(&self, inferior: &mut Inferior, child: i32) -> Result<(), TraceError> {
         let memory = crate::inferior::memory::ProcessMemory::new(child);
         for patch in &self.patches {
-            let planted = memory.read_vec(patch.address, patch.len).is_ok_and(|b| b == patch.planted[..patch.len]);
+            let planted =
+                memory.read_vec(patch.address, patch.len).is_ok_and(|b| b == patch.planted[..patch.len]);
             if planted {
                 inferior.write_child(child, patch.address, &patch.before[..patch.len])?;
             }
@@ -385,7 +383,10 @@ impl Installed {
             // Somebody wrapped the allocator after us, and will call through our thunk for ever.
             let thunk = RemoteAddr(u64::from_le_bytes(patch.planted));
             inferior.write(thunk, &[NOP])?;
-            left.why.push(format!("the allocator table's word at {} was changed by the application", patch.address));
+            left.why.push(format!(
+                "the allocator table's word at {} was changed by the application",
+                patch.address
+            ));
             return Ok(());
         }
         inferior.write(patch.address, &patch.before[..patch.len])?;
@@ -433,17 +434,15 @@ impl Installed {
                 Err(error) => return Err(error.into()),
             }
         }
-        let inside = |value: &u64| {
-            self.regions.iter().any(|r| value.wrapping_sub(r.0) < REGION_LEN as u64)
-        };
+        let inside = |value: &u64| self.regions.iter().any(|r| value.wrapping_sub(r.0) < REGION_LEN as u64);
         let has_words = self.patches.iter().any(|p| p.len == 8);
         let holds = alive.iter().any(|(_, r)| {
             if !has_words {
                 return inside(&r.rip);
             }
             [
-                r.rip, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13,
-                r.r14, r.r15,
+                r.rip, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.r8, r.r9, r.r10, r.r11, r.r12,
+                r.r13, r.r14, r.r15,
             ]
             .iter()
             .any(inside)

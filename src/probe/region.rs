@@ -13,13 +13,16 @@
 //! | 96 | u64: 1 when our SIGTRAP handler is installed |
 //! | 104 | 8 × u64: addresses of the other regions, 0 for none |
 //! | 256 | patches: {u64 address, u64 length, 8 bytes before, 8 bytes planted} |
-//! | … | traps: {u64 instruction pointer that an int3 reports, u64 where execution goes on} |
+//! | … | traps: {u64 instruction pointer at which SIGTRAP may come, u64 where execution goes on} |
 //! | … | code: SIGTRAP handler, restorer, thunks |
 //!
 //! Patches, traps and handler are in the first region alone. The handler runs only when no tracer takes the
 //! trap: when heaptap was killed. It writes every patch back through /proc/thread-self/mem, so that the
 //! target returns to full speed by its first hit, and sends the thread on. Where the target may not make
 //! these system calls (seccomp) it only sends it on.
+//!
+//! SIGTRAP comes where an int3 was executed, and also where heaptap had sent the stopped thread already when it
+//! was killed, before it could take the signal back: at the first instruction of a thunk or of the function.
 //!
 //! A thunk of a function at A, whose first instruction I is L bytes long:
 //!
@@ -38,7 +41,9 @@ use super::error::ProbeError;
 use super::function::Function;
 use super::plan::{EntryPoint, TableWord};
 use crate::addr::RemoteAddr;
-use iced_x86::code_asm::{CodeAssembler, eax, ecx, edi, edx, esi, r8, r10, rax, rbp, rbx, rcx, rdi, rdx, rsi, rsp};
+use iced_x86::code_asm::{
+    CodeAssembler, eax, ecx, edi, edx, esi, r8, r10, rax, rbp, rbx, rcx, rdi, rdx, rsi, rsp,
+};
 use iced_x86::code_asm::{byte_ptr, qword_ptr};
 use iced_x86::{BlockEncoder, BlockEncoderOptions, Decoder, DecoderOptions, IcedError, InstructionBlock};
 
@@ -59,7 +64,7 @@ pub const INT3: u8 = 0xcc;
 /// Bytes of one patch in the table.
 pub const PATCH_LEN: usize = 32;
 const MAX_PATCHES: usize = 64;
-const MAX_TRAPS: usize = 128;
+const MAX_TRAPS: usize = 256;
 const TRAPS_AT: usize = HEADER_LEN + MAX_PATCHES * PATCH_LEN;
 const CODE_AT: usize = TRAPS_AT + MAX_TRAPS * 16;
 const SA_SIGINFO: u64 = 4;
@@ -99,6 +104,20 @@ pub struct Thunk {
     /// The return address that a call through `record` has on the stack. For a function with an answer it is the
     /// int3, which reports this address + 1.
     pub return_address: RemoteAddr,
+}
+
+impl Thunk {
+    /// Where SIGTRAP may find a thread because of this thunk, and where the thread then goes on.
+    pub fn traps(&self) -> Vec<(RemoteAddr, RemoteAddr)> {
+        let mut traps =
+            vec![(self.entry_trap, self.bypass), (self.bypass, self.bypass), (self.record, self.record)];
+        traps.extend(self.entry.map(|entry| (entry, entry)));
+        if self.function.has_answer() {
+            let behind = self.return_address.offset(1);
+            traps.push((behind, behind));
+        }
+        traps
+    }
 }
 
 /// A region, ready to be written.
@@ -253,7 +272,12 @@ impl Region {
         self.put(96, u64::from(ours_installed));
     }
 
-    fn add_handler(&mut self, patches: usize, traps: usize, may_heal: bool) -> Result<(u64, u64), ProbeError> {
+    fn add_handler(
+        &mut self,
+        patches: usize,
+        traps: usize,
+        may_heal: bool,
+    ) -> Result<(u64, u64), ProbeError> {
         while !self.bytes.len().is_multiple_of(16) {
             self.bytes.push(INT3);
         }
@@ -301,8 +325,13 @@ fn assemble_handler(
 ) -> Result<Vec<u8>, IcedError> {
     let mut a = CodeAssembler::new(64)?;
     let (mut next_trap, mut found, mut heal, mut next_patch, mut close, mut done, mut foreign) = (
-        a.create_label(), a.create_label(), a.create_label(), a.create_label(), a.create_label(),
-        a.create_label(), a.create_label(),
+        a.create_label(),
+        a.create_label(),
+        a.create_label(),
+        a.create_label(),
+        a.create_label(),
+        a.create_label(),
+        a.create_label(),
     );
     // rax: where the trap was; rcx: the table; r8: traps left.
     a.mov(rax, qword_ptr(rdx + UCONTEXT_RIP))?;
@@ -386,15 +415,15 @@ fn assemble_handler(
 /// The entry's first instruction, made to run at `to`, and a jump to the second.
 fn relocate_first(entry: &EntryPoint, to: RemoteAddr) -> Result<Vec<u8>, ProbeError> {
     let name = entry.function.name();
-    let cannot =
-        |why: String| ProbeError::NotRelocatable { function: name, addr: entry.address, why };
+    let cannot = |why: String| ProbeError::NotRelocatable { function: name, addr: entry.address, why };
     let mut decoder = Decoder::with_ip(64, &entry.file_bytes, entry.address.0, DecoderOptions::NONE);
     let first = decoder.decode();
     if first.is_invalid() {
         return Err(cannot("it does not decode".into()));
     }
     let block = InstructionBlock::new(std::slice::from_ref(&first), to.0);
-    let moved = BlockEncoder::encode(64, block, BlockEncoderOptions::NONE).map_err(|e| cannot(e.to_string()))?;
+    let moved =
+        BlockEncoder::encode(64, block, BlockEncoderOptions::NONE).map_err(|e| cannot(e.to_string()))?;
     let mut bytes = moved.code_buffer;
     bytes.extend(jump_far(RemoteAddr(first.next_ip())));
     Ok(bytes)

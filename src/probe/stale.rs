@@ -40,7 +40,10 @@ impl Stale {
 /// Every region of ours in a process. Reads only.
 pub fn find(memory: &dyn RemoteMemory, maps: &[Mapping]) -> Vec<Stale> {
     let candidates = maps.iter().filter(|m| {
-        m.backing == Backing::Anonymous && m.perms.execute && !m.perms.write && m.len() % REGION_LEN as u64 == 0
+        m.backing == Backing::Anonymous
+            && m.perms.execute
+            && !m.perms.write
+            && m.len() % REGION_LEN as u64 == 0
     });
     // The kernel shows neighbouring mappings with equal rights as one.
     candidates
