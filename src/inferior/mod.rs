@@ -29,7 +29,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 use stop::StopEvent;
-use sys::{Registers, Wait, Waited};
+use sys::{Of, Registers, Wait, Waited};
 use world::{Held, Reaction, Release, World};
 
 /// How long [`Inferior::stop`] waits. A thread in vfork(2) or in uninterruptible sleep takes as long as that takes.
@@ -184,7 +184,7 @@ impl Inferior {
             if let Some(notice) = self.notices.pop_front() {
                 return Ok(Some(notice));
             }
-            match sys::wait(-1, how).map_err(TraceError::Wait)? {
+            match sys::wait(Of::Any, how).map_err(TraceError::Wait)? {
                 Waited::Stop(tid, event) => self.on_stop(tid, event)?,
                 Waited::Nothing => return Ok(None),
                 Waited::NoTracees => {
@@ -349,22 +349,44 @@ impl Inferior {
         let start = Instant::now();
         let mut polls = 0;
         while !self.world.all_stopped() {
-            match sys::wait(-1, Wait::Poll).map_err(TraceError::Wait)? {
-                Waited::Stop(tid, event) => {
-                    self.on_stop(tid, event)?;
-                    polls = 0;
-                }
-                Waited::NoTracees => self.end(StopEvent::Other(0)),
-                Waited::Nothing => {
-                    polls += 1;
-                    self.wait_a_little(polls, start)?;
-                }
+            if self.look_at_unstopped()? {
+                polls = 0;
+            } else {
+                polls += 1;
+                self.wait_a_little(polls, start)?;
             }
             if self.ended {
                 return Err(TraceError::Gone { tid: self.pid });
             }
         }
         Ok(())
+    }
+
+    /// One look at each thread that is not stopped yet, each child that is awaited and each guest (whose
+    /// parent can't stop before the guest is done). Whether anything happened.
+    fn look_at_unstopped(&mut self) -> Result<bool, TraceError> {
+        let mut happened = false;
+        let unstopped = self.world.not_stopped();
+        for tid in unstopped.into_iter().chain(self.guests.clone()) {
+            match sys::wait(Of::Tracee(tid), Wait::Poll).map_err(TraceError::Wait)? {
+                Waited::Stop(tid, event) => {
+                    self.on_stop(tid, event)?;
+                    happened = true;
+                }
+                Waited::NoTracees => self.on_vanished(tid),
+                Waited::Nothing => {}
+            }
+        }
+        Ok(happened)
+    }
+
+    /// There is nobody to wait for: another thread's execve(2) took the id, or the end was collected.
+    fn on_vanished(&mut self, tid: i32) {
+        self.guests.remove(&tid);
+        self.world.forget(tid);
+        if tid == self.pid && facts::state(self.pid, tid).is_none() {
+            self.end(StopEvent::Other(0));
+        }
     }
 
     fn wait_a_little(&mut self, polls: u32, start: Instant) -> Result<(), TraceError> {
@@ -418,9 +440,19 @@ impl Inferior {
         }
     }
 
-    /// The held signal of `tid` was ours: it is not delivered.
+    /// The held signal of `tid` was ours: it is not delivered. (While the thread is stopped the kernel still
+    /// has it, should we be killed: see [`sys::wait`].)
     pub fn drop_signal(&mut self, tid: i32) {
         self.world.set_held(tid, Held::Nothing);
+    }
+
+    /// Drops the held signal of `tid`, for the kernel too: the thread is taken to another stop without
+    /// executing an instruction.
+    pub fn drop_signal_now(&mut self, tid: i32) -> Result<(), TraceError> {
+        let settled = remote_call::settle(tid, Held::Nothing)?;
+        let held = self.unless_ended(tid, settled)?;
+        self.world.set_held(tid, held);
+        Ok(())
     }
 
     /// Takes a stopped thread to its next stop without letting it execute an instruction, so that a signal
@@ -428,7 +460,7 @@ impl Inferior {
     pub fn report_queued_signal(&mut self, tid: i32) -> Result<(), TraceError> {
         sys::resume(tid, 0).map_err(TraceError::of("resume", tid))?;
         loop {
-            match sys::wait(tid, Wait::Block).map_err(TraceError::Wait)? {
+            match sys::wait(Of::Tracee(tid), Wait::Block).map_err(TraceError::Wait)? {
                 Waited::Stop(tid, event) => return self.on_stop(tid, event),
                 Waited::Nothing => {}
                 Waited::NoTracees => return Err(TraceError::Gone { tid }),

@@ -11,7 +11,7 @@
 use super::error::TraceError;
 use super::recovery;
 use super::stop::StopEvent;
-use super::sys::{self, Registers, Wait, Waited};
+use super::sys::{self, Of, Registers, Wait, Waited};
 use super::world::Held;
 use crate::addr::RemoteAddr;
 use crate::mapping::{Backing, Mapping};
@@ -54,10 +54,9 @@ pub struct Gadgets {
 /// Looks for [`Gadgets`] in the target's executable memory: its libc has all of them, its vDSO a bare `syscall`.
 pub fn find_gadgets(pid: i32, memory: &dyn RemoteMemory, maps: &[Mapping]) -> Result<Gadgets, TraceError> {
     let (mut bare, mut with_ret, mut restorer) = (None, None, None);
-    for map in maps.iter().filter(|m| m.perms.execute && m.perms.read) {
-        if matches!(&map.backing, Backing::Named(name) if name == "[vsyscall]") {
-            continue;
-        }
+    // Not in anonymous memory: that may be a region of ours which the call is to unmap.
+    let lasting = |m: &&Mapping| m.is_file() || m.backing == Backing::Named("[vdso]".into());
+    for map in maps.iter().filter(|m| m.perms.execute && m.perms.read).filter(lasting) {
         let (mut at, end) = (map.start.0, map.end.0.min(map.start.0 + SCAN_LIMIT));
         while at < end {
             let len = SCAN_CHUNK.min(end - at) as usize;
@@ -81,6 +80,9 @@ pub fn find_gadgets(pid: i32, memory: &dyn RemoteMemory, maps: &[Mapping]) -> Re
         source: std::io::Error::other("no syscall instruction in executable memory"),
     })
 }
+
+/// Writes into the target.
+pub type Write<'a> = &'a dyn Fn(RemoteAddr, &[u8]) -> Result<(), TraceError>;
 
 /// What became of a thread while a call was made in its name.
 pub struct Outcome {
@@ -114,7 +116,7 @@ pub fn call(
     gadgets: Gadgets,
     call: Call,
     held: Held,
-    write: &dyn Fn(RemoteAddr, &[u8]) -> Result<(), TraceError>,
+    write: Write<'_>,
 ) -> Result<Outcome, TraceError> {
     let saved = sys::registers(tid).map_err(TraceError::of("read the registers of", tid))?;
     let mask = sys::signal_mask(tid).map_err(TraceError::of("read the signal mask of", tid))?;
@@ -142,7 +144,7 @@ fn prepared(
     mask: u64,
     gadgets: Gadgets,
     call: Call,
-    write: &dyn Fn(RemoteAddr, &[u8]) -> Result<(), TraceError>,
+    write: Write<'_>,
 ) -> Result<Registers, TraceError> {
     let mut regs = *saved;
     regs.rip = gadgets.syscall.0;
@@ -184,7 +186,7 @@ fn run(tid: i32, regs: &Registers, held: &mut Held) -> Result<Result<u64, Ended>
 
 fn wait_for(tid: i32) -> Result<StopEvent, TraceError> {
     loop {
-        match sys::wait(tid, Wait::Block).map_err(TraceError::Wait)? {
+        match sys::wait(Of::Tracee(tid), Wait::Block).map_err(TraceError::Wait)? {
             Waited::Stop(_, event) => return Ok(event),
             Waited::Nothing => {}
             Waited::NoTracees => return Err(TraceError::Gone { tid }),

@@ -171,31 +171,67 @@ pub enum Wait {
     Poll,
 }
 
+/// Whose stops [`wait`] looks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Of {
+    /// Any tracee's.
+    Any,
+    /// This one's.
+    Tracee(i32),
+}
+
 /// The answer of [`wait`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Waited {
-    /// A tracee stopped or ended.
+    /// A tracee is stopped or ended.
     Stop(i32, StopEvent),
     /// Nothing is there now (`Poll`), or a signal of ours came (`Block`).
     Nothing,
-    /// There is no child or tracee left.
+    /// There is no such tracee (any more).
     NoTracees,
 }
 
-/// The next stop of any tracee, or of `tid` alone when it is not -1.
-pub fn wait(tid: i32, how: Wait) -> Result<Waited, Errno> {
-    let flags = libc::__WALL | if how == Wait::Poll { libc::WNOHANG } else { 0 };
-    let mut status: c_int = 0;
-    // SAFETY: `status` outlives the call.
-    match unsafe { libc::waitpid(tid, &raw mut status, flags) } {
-        0 => Ok(Waited::Nothing),
-        -1 => match Errno::last() {
+/// A stop of a tracee. It is looked at, not taken: it is reported again until the tracee is resumed.
+///
+/// A stop that is taken from the kernel (`waitpid` without WNOWAIT) loses the signal that it carries should
+/// we die before we resume the tracee (`wait_task_stopped` clears the exit code that `ptrace_stop` would
+/// deliver): a thread at a breakpoint would go on in the middle of an instruction, and an application's own
+/// signals would be lost. Only ends are taken.
+pub fn wait(of: Of, how: Wait) -> Result<Waited, Errno> {
+    let (id_type, id) = match of {
+        Of::Any => (libc::P_ALL, 0),
+        Of::Tracee(tid) => (libc::P_PID, tid as libc::id_t),
+    };
+    let hang = if how == Wait::Poll { libc::WNOHANG } else { 0 };
+    let flags = libc::WEXITED | libc::WSTOPPED | libc::WNOWAIT | libc::__WALL | hang;
+    // SAFETY: an all-zero siginfo_t is valid, and outlives the call.
+    let (answer, info) = unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        (libc::waitid(id_type, id, &raw mut info, flags), info)
+    };
+    if answer == -1 {
+        return match Errno::last() {
             Errno::EINTR => Ok(Waited::Nothing),
             Errno::ECHILD => Ok(Waited::NoTracees),
             errno => Err(errno),
-        },
-        stopped => Ok(Waited::Stop(stopped, decode(status))),
+        };
     }
+    // SAFETY: waitid filled the fields of a SIGCHLD; where it found nothing, they are zero.
+    let (tid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    if tid == 0 {
+        return Ok(Waited::Nothing);
+    }
+    let event = match info.si_code {
+        libc::CLD_EXITED => StopEvent::Exited(status),
+        libc::CLD_KILLED | libc::CLD_DUMPED => StopEvent::Killed(status),
+        // What waitpid(2) would give as status.
+        _ => decode(status << 8 | 0x7f),
+    };
+    if event.is_end() {
+        // SAFETY: no status is asked for.
+        unsafe { libc::waitpid(tid, std::ptr::null_mut(), libc::__WALL | libc::WNOHANG) };
+    }
+    Ok(Waited::Stop(tid, event))
 }
 
 /// Whether two processes share one address space; `None` where the kernel won't say.

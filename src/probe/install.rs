@@ -408,15 +408,16 @@ impl Installed {
                 inferior.report_queued_signal(tid)?;
             }
             let Some((trap, regs)) = self.trap_of(inferior, tid)? else { continue };
-            inferior.drop_signal(tid);
             match trap {
                 Trap::Entry(i) => {
                     let thunk = self.calls.thunks()[i];
                     inferior.set_rip(tid, thunk.entry.unwrap_or(thunk.bypass))?;
+                    inferior.drop_signal_now(tid)?;
                 }
                 Trap::Return(_) => {
                     let hit = self.calls.hit(tid, trap, &regs, inferior.memory());
                     see(inferior, tid, &regs, hit.observation);
+                    inferior.drop_signal_now(tid)?;
                 }
             }
         }

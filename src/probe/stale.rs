@@ -127,7 +127,9 @@ fn is_busy(inferior: &Inferior, found: &[Stale]) -> Result<bool, ProbeError> {
             Err(TraceError::Gone { .. }) => continue,
             Err(error) => return Err(error.into()),
         };
-        if inside(regs.rip) || inside(regs.rax) || inferior.int3_queued(tid) {
+        // A trap that is held or queued still has to go through the handler.
+        let trapped = inferior.held_signal(tid) == Some(libc::SIGTRAP) || inferior.int3_queued(tid);
+        if trapped || inside(regs.rip) || inside(regs.rax) {
             return Ok(true);
         }
         let mut at = RemoteAddr(regs.rsp & !7);
