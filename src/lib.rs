@@ -2,5 +2,6 @@
 //! and lets go without a trace.
 
 pub mod addr;
+pub mod capture;
 pub mod inferior;
 pub mod memory;
