@@ -1,0 +1,162 @@
+//! The bytes of a capture file, version 1.
+//!
+//! All fixed-width integers are little-endian. `varint` is LEB128 of an unsigned 64-bit number,
+//! `zigzag` a varint of `(n << 1) ^ (n >> 63)`.
+//!
+//! # File
+//!
+//! ```text
+//!  0        8         10      12       16
+//! ┌────────┬─────────┬───────┬────────┬───────┬───────┬───
+//! │ magic  │ version │ flags │ crc32  │ chunk │ chunk │ …
+//! │ 8 byte │ u16     │ u16   │ u32    │       │       │
+//! └────────┴─────────┴───────┴────────┴───────┴───────┴───
+//! ```
+//! - magic: `89 48 54 41 50 0d 0a 1a` (`\x89HTAP\r\n\x1a`: a transfer that touches line ends shows).
+//! - crc32: IEEE, over the twelve bytes before it. Magic, version and crc keep their place in every
+//!   version, so that any binary can say which version a file has.
+//! - flags: the low eight tell things that a reader may ignore; a set bit of the high eight that a
+//!   reader does not know means that it must refuse the file. None is defined yet; the first will be
+//!   sampling weights.
+//!
+//! # Chunk
+//!
+//! ```text
+//!  0      1       2            6         10      14
+//! ┌──────┬───────┬────────────┬─────────┬───────┬─────────────────────┐
+//! │ kind │ codec │ stored_len │ raw_len │ crc32 │ stored_len bytes    │
+//! │ u8   │ u8    │ u32        │ u32     │ u32   │                     │
+//! └──────┴───────┴────────────┴─────────┴───────┴─────────────────────┘
+//! ```
+//! - kind: 1 header, 2 events, 3 trailer. Others are skipped. 0 is never used, so that a tail of
+//!   zeroes left by a crash is not taken for chunks.
+//! - codec: 0 stored as is (`stored_len == raw_len`), 1 one lz4 block.
+//! - `raw_len` <= 1 MiB, `stored_len` <= `lz4` bound of 1 MiB.
+//! - crc32: over the ten header bytes before it and the stored bytes.
+//!
+//! The first chunk is the header; a trailer, if there is one, is the last. A file without a trailer
+//! was cut short; it is good up to its last whole chunk. A chunk is written by one call once it is
+//! complete. Header and trailer are JSON objects ([`Header`](super::Header), [`Trailer`](super::Trailer));
+//! fields a reader does not know are ignored, and those missing have defaults.
+//!
+//! # Records
+//!
+//! An events chunk is a sequence of records. What is delta-coded starts from zero in every chunk, and
+//! every definition carries its id, so a damaged chunk loses what it holds and nothing more. What is
+//! used is defined before, in this chunk or an earlier one. The first byte:
+//!
+//! ```text
+//! bit  7   6   5   4   3   2   1   0
+//!    ┌───┬───┬───┬───────────────────┐
+//!    │ 0 │ A │ S │ allocator kind    │  allocation: address, size[, stack]
+//!    ├───┼───┼───┼───────────────────┤
+//!    │ 1 │ 0 │ 0 │ deallocator kind  │  free: zigzag (address - last) / 16
+//!    │ 1 │ 0 │ 1 │ deallocator kind  │  free: u8 d, the address of the d-th last allocation of the chunk
+//!    │ 1 │ 1 │ 0 │ deallocator kind  │  free: zigzag  address - last
+//!    ├───┼───┼───┼───────────────────┤
+//!    │ 1 │ 1 │ 1 │ tag               │  everything else
+//!    └───┴───┴───┴───────────────────┘
+//! ```
+//! - Kinds are the numbers of [`AllocatorKind`](super::AllocatorKind).
+//! - allocation: zigzag of `address - last`, divided by 16 if A is set; varint size; and unless S (same
+//!   stack as the chunk's last allocation, 0 before the first) is set, zigzag of the stack's id minus
+//!   that one's.
+//! - *last* is the address in the record before that has one; differences wrap at 64 bits.
+//! - d counts from 0 (the latest allocation of this chunk) to 255.
+//! - The thread of an event is the one named by the last *switch* in the chunk; there is one before the
+//!   first event.
+//!
+//! | tag | record | fields |
+//! |---|---|---|
+//! | 0 | string | id, varint length, UTF-8 bytes |
+//! | 1 | frame | id, varint function string, varint file string, varint line (0: unknown) |
+//! | 2 | stack node | id, varint parent node (0: none), varint frame |
+//! | 3 | thread | varint tid, varint length, OS name, varint length, Python name (empty: unknown) |
+//! | 4 | switch | zigzag tid - current tid (0 at the chunk's start) |
+//! | 5 | time | varint ns since the chunk's last time (first of a chunk: since the start) |
+//! | 6 | free, from before the attach | u8 kind, zigzag address - last |
+//! | 7 | unmap | zigzag address - last, varint length |
+//! | 8 | drop | varint count, u8 reason |
+//! | 9 | gap | varint ns, u8 reason |
+//!
+//! `id` is a zigzag difference to the id after the last one of that sort defined in the chunk
+//! (so 0 in the ordinary case), and absolute for the first. Strings and frames count from 0, stack
+//! nodes from 1. A parent's id is below its child's.
+//!
+//! An allocation of 512 bytes by malloc at 0x7f00_0000_0010 after one at 0x7f00_0000_0000, from stack 7
+//! as that one: `60 02 80 04` (A and S set, kind 0; zigzag(1); varint 512).
+
+/// First bytes of every capture.
+pub const MAGIC: [u8; 8] = *b"\x89HTAP\r\n\x1a";
+/// The version this binary writes, and the newest it reads.
+pub const VERSION: u16 = 1;
+/// Bytes of magic, version, flags and checksum.
+pub const PREFIX_LEN: usize = 16;
+/// Bytes before a chunk's stored bytes.
+pub const CHUNK_HEADER_LEN: usize = 14;
+/// The most a chunk may hold uncompressed.
+pub const MAX_RAW_LEN: usize = 1 << 20;
+/// The most a chunk may hold as stored (lz4's bound for [`MAX_RAW_LEN`]).
+pub const MAX_STORED_LEN: usize = MAX_RAW_LEN + MAX_RAW_LEN / 255 + 16;
+/// The writer closes a chunk when it has this many bytes.
+pub const CHUNK_TARGET_LEN: usize = 256 << 10;
+/// The longest string kept; longer ones are cut by the writer.
+pub const MAX_STRING_LEN: usize = 16 << 10;
+/// Flag bits that a reader must understand.
+pub const REQUIRED_FLAGS: u16 = 0xff00;
+/// How many allocations back a free can name its block by one byte.
+pub const RECENT_ADDRESSES: usize = 256;
+
+/// Chunk kinds.
+pub mod kind {
+    /// JSON [`Header`](crate::capture::Header).
+    pub const HEADER: u8 = 1;
+    /// Records.
+    pub const EVENTS: u8 = 2;
+    /// JSON [`Trailer`](crate::capture::Trailer).
+    pub const TRAILER: u8 = 3;
+}
+
+/// Chunk codecs.
+pub mod codec {
+    /// Stored as is.
+    pub const RAW: u8 = 0;
+    /// One lz4 block.
+    pub const LZ4: u8 = 1;
+}
+
+/// First bytes of records.
+pub mod tag {
+    /// Allocation: the address difference is in units of 16.
+    pub const ALIGNED: u8 = 0x40;
+    /// Allocation: the stack is that of the last one.
+    pub const SAME_STACK: u8 = 0x20;
+    /// The kind in the low five bits.
+    pub const KIND: u8 = 0x1f;
+    /// Free with a difference in units of 16.
+    pub const FREE_ALIGNED: u8 = 0x80;
+    /// Free of a recent allocation.
+    pub const FREE_RECENT: u8 = 0xa0;
+    /// Free with a difference in bytes.
+    pub const FREE: u8 = 0xc0;
+    /// A string.
+    pub const STRING: u8 = 0xe0;
+    /// A frame.
+    pub const FRAME: u8 = 0xe1;
+    /// A stack node.
+    pub const STACK: u8 = 0xe2;
+    /// A thread's names.
+    pub const THREAD: u8 = 0xe3;
+    /// The thread of the events that follow.
+    pub const SWITCH: u8 = 0xe4;
+    /// The time of the events that follow.
+    pub const TIME: u8 = 0xe5;
+    /// Free of a block from before the attach.
+    pub const FREE_UNKNOWN: u8 = 0xe6;
+    /// A range unmapped.
+    pub const UNMAP: u8 = 0xe7;
+    /// Events dropped.
+    pub const DROP: u8 = 0xe8;
+    /// A span without records.
+    pub const GAP: u8 = 0xe9;
+}

@@ -1,0 +1,171 @@
+//! [`LiveSet`]: what is allocated and not yet freed.
+//!
+//! The recorder asks it whose block a `free` is; the analysis replays records through it. It knows
+//! allocation and release, and nothing of stacks beyond their ids. Memory is bounded by live blocks
+//! (28 bytes each, plus the hash table's slack) and live mappings.
+
+use super::allocator::AllocatorKind;
+use super::mappings::{Mappings, Part};
+use super::record::{Allocation, StackId, Unmap};
+use crate::addr::RemoteAddr;
+use foldhash::fast::RandomState;
+use std::collections::HashMap;
+
+/// A live block or mapping.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Block {
+    /// Bytes asked for.
+    pub size: u64,
+    /// The stack that asked.
+    pub stack: StackId,
+    /// The function that gave it.
+    pub allocator: AllocatorKind,
+    /// The thread that asked.
+    pub tid: u32,
+    /// When, in milliseconds since the start of recording (49 days, then the last of them).
+    pub time_ms: u32,
+}
+
+/// What an allocation found in its place.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Displaced {
+    /// Nothing, as it should be.
+    Nothing,
+    /// A block that was live at that address: its free was missed.
+    Block(Block),
+    /// Mappings, or parts of them, that a fixed mapping replaced. Not an error.
+    Mappings(Vec<Part>),
+}
+
+/// [`Block`] in 20 bytes, aligned to 4 so that an entry of the table has 28.
+#[derive(Clone, Copy)]
+struct Packed {
+    size: [u32; 2],
+    stack: StackId,
+    /// Index into `origins`.
+    origin: u32,
+    time_ms: u32,
+}
+
+/// The address as two halves, for its alignment.
+type Key = [u32; 2];
+
+/// The set of live blocks and mappings.
+pub struct LiveSet {
+    blocks: HashMap<Key, Packed, RandomState>,
+    mappings: Mappings,
+    /// (allocator, tid) pairs: few, so blocks hold an index.
+    origins: Vec<(AllocatorKind, u32)>,
+    origin_ids: HashMap<(AllocatorKind, u32), u32, RandomState>,
+    page_size: u64,
+    block_bytes: u64,
+    peak_bytes: u64,
+}
+
+impl LiveSet {
+    /// An empty set. `page_size` (bytes) is what unmapped lengths are rounded up to; 0 or 1 for no rounding.
+    pub fn new(page_size: u64) -> Self {
+        Self {
+            blocks: HashMap::default(),
+            mappings: Mappings::default(),
+            origins: Vec::new(),
+            origin_ids: HashMap::default(),
+            page_size: page_size.max(1),
+            block_bytes: 0,
+            peak_bytes: 0,
+        }
+    }
+
+    /// Adds a block, or a mapping if the allocator is ranged. `time_ns` is since the start.
+    pub fn allocate(&mut self, event: &Allocation, time_ns: u64) -> Displaced {
+        let time_ms = u32::try_from(time_ns / 1_000_000).unwrap_or(u32::MAX);
+        let Allocation { allocator, tid, address, size, stack } = *event;
+        let displaced = if allocator.is_ranged() {
+            let block = Block { size, stack, allocator, tid, time_ms };
+            let parts = self.mappings.map(address.0, size, block);
+            if parts.is_empty() { Displaced::Nothing } else { Displaced::Mappings(parts) }
+        } else {
+            let packed = Packed { size: halves(size), stack, origin: self.origin(allocator, tid), time_ms };
+            match self.blocks.insert(halves(address.0), packed).map(|old| self.unpack(old)) {
+                None => Displaced::Nothing,
+                Some(old) => {
+                    self.block_bytes = self.block_bytes.saturating_sub(old.size);
+                    Displaced::Block(old)
+                }
+            }
+        };
+        if !allocator.is_ranged() {
+            self.block_bytes = self.block_bytes.saturating_add(size);
+        }
+        self.peak_bytes = self.peak_bytes.max(self.live_bytes());
+        displaced
+    }
+
+    /// Takes a block out; `None` if it is not one of ours.
+    pub fn free(&mut self, address: RemoteAddr) -> Option<Block> {
+        let packed = self.blocks.remove(&halves(address.0))?;
+        let block = self.unpack(packed);
+        self.block_bytes = self.block_bytes.saturating_sub(block.size);
+        Some(block)
+    }
+
+    /// Takes a range of mappings out; empty if none of it is ours.
+    pub fn unmap(&mut self, event: &Unmap) -> Vec<Part> {
+        let pages = event.len.checked_next_multiple_of(self.page_size).unwrap_or(event.len);
+        self.mappings.unmap(event.address.0, pages)
+    }
+
+    /// The block at `address`, if one is live there.
+    pub fn block(&self, address: RemoteAddr) -> Option<Block> {
+        self.blocks.get(&halves(address.0)).map(|packed| self.unpack(*packed))
+    }
+
+    /// Bytes in blocks and mappings.
+    pub fn live_bytes(&self) -> u64 {
+        self.block_bytes.saturating_add(self.mappings.bytes())
+    }
+
+    /// Blocks and mappings.
+    pub fn live_blocks(&self) -> usize {
+        self.blocks.len() + self.mappings.count()
+    }
+
+    /// The most bytes that were live at once.
+    pub fn peak_bytes(&self) -> u64 {
+        self.peak_bytes
+    }
+
+    /// Every block and mapping with its live bytes, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (Block, u64)> + '_ {
+        let blocks = self.blocks.values().map(|packed| {
+            let block = self.unpack(*packed);
+            (block, block.size)
+        });
+        blocks.chain(self.mappings.iter())
+    }
+
+    fn origin(&mut self, allocator: AllocatorKind, tid: u32) -> u32 {
+        let next = self.origins.len() as u32;
+        let id = *self.origin_ids.entry((allocator, tid)).or_insert(next);
+        if id == next {
+            self.origins.push((allocator, tid));
+        }
+        id
+    }
+
+    fn unpack(&self, packed: Packed) -> Block {
+        let (allocator, tid) = self.origins[packed.origin as usize];
+        let size = u64::from(packed.size[0]) | u64::from(packed.size[1]) << 32;
+        Block { size, stack: packed.stack, allocator, tid, time_ms: packed.time_ms }
+    }
+}
+
+const _: () = assert!(size_of::<(Key, Packed)>() == 28);
+
+fn halves(value: u64) -> [u32; 2] {
+    [value as u32, (value >> 32) as u32]
+}
+
+#[cfg(test)]
+#[path = "live_set_tests.rs"]
+mod tests;

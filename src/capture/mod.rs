@@ -1,0 +1,39 @@
+//! The capture file: what was recorded, in a form that outlives the process and the machine.
+//!
+//! Live code writes it ([`CaptureWriter`]), offline code reads it ([`CaptureReader`]); they meet
+//! nowhere else. The bytes are described in [`format`](self::format). [`LiveSet`] is here because
+//! the recorder (is this `free` of a block of ours?) and the analysis (what is live?) must agree on
+//! what a record does to the set of live blocks.
+//!
+//! This module knows nothing of processes, of Python, or of how a report looks.
+
+mod allocator;
+mod chunk;
+mod create;
+mod encode;
+mod error;
+pub mod format;
+mod header;
+mod intern;
+mod live_set;
+mod mappings;
+mod reader;
+mod record;
+mod stack_table;
+mod trailer;
+mod v1;
+mod varint;
+mod writer;
+
+pub use allocator::{AllocatorKind, Domain};
+pub use error::CaptureError;
+pub use header::{BreakpointKind, EntryPoint, Header, LibcFacts, Module, PythonFacts};
+pub use live_set::{Block, Displaced, LiveSet};
+pub use mappings::Part;
+pub use reader::{CaptureReader, CutShort, Damage};
+pub use record::{
+    Allocation, DropReason, FrameId, Free, FreeUnknown, GapReason, NodeId, Record, StackId, StringId, Unmap,
+};
+pub use stack_table::{FrameText, StackTable, ThreadName};
+pub use trailer::{Counters, EndReason, Trailer};
+pub use writer::CaptureWriter;

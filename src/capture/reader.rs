@@ -1,0 +1,335 @@
+//! [`CaptureReader`]: a file to records, in one pass.
+//!
+//! What it owes: a file cut anywhere gives all of its whole chunks; a damaged chunk loses itself; a
+//! hostile file gives an error, never a panic. Memory is two chunks (2 MiB) and the tables, which grow with
+//! the bytes of the definitions read (lz4 can hold 255 of them in one byte of the file).
+//! It knows chunks and documents; the records of each version are in a module of their own (`v1`).
+
+use super::chunk::ChunkHeader;
+use super::error::CaptureError;
+use super::format::{CHUNK_HEADER_LEN, MAGIC, PREFIX_LEN, REQUIRED_FLAGS, VERSION, kind};
+use super::header::Header;
+use super::record::Record;
+use super::stack_table::StackTable;
+use super::trailer::Trailer;
+use super::v1;
+use std::fs::File;
+use std::io::{self, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+/// Where a file stops making sense.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CutShort {
+    /// Byte of the file from which nothing was read.
+    pub offset: u64,
+    /// Why.
+    pub why: String,
+}
+
+/// Chunks in the middle that were lost, while what follows could be read.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Damage {
+    /// How many.
+    pub chunks: u64,
+    /// The first of them.
+    pub first: Option<CutShort>,
+}
+
+/// Chunks with a wrong checksum and nothing good behind them yet.
+struct Suspect {
+    offset: u64,
+    chunks: u64,
+    /// The bytes they may have held.
+    bytes: u64,
+}
+
+/// Reads one capture. Iterate for the records; [`trailer`](Self::trailer), [`cut`](Self::cut) and
+/// [`damage`](Self::damage) are known once the iterator has ended.
+pub struct CaptureReader {
+    path: PathBuf,
+    input: Box<dyn Read>,
+    offset: u64,
+    header: Header,
+    tables: StackTable,
+    decoder: v1::ChunkDecoder,
+    stored: Vec<u8>,
+    raw: Vec<u8>,
+    chunk_offset: u64,
+    in_events: bool,
+    done: bool,
+    suspect: Option<Suspect>,
+    trailer: Option<Trailer>,
+    cut: Option<CutShort>,
+    damage: Damage,
+}
+
+/// What was found where a chunk should be.
+enum Found {
+    Good(ChunkHeader),
+    /// Its lengths are possible, its checksum is wrong.
+    Bad(ChunkHeader),
+    /// The end of the file, on a chunk's border.
+    End,
+    /// No chunk, or a part of one.
+    Torn(&'static str),
+}
+
+impl CaptureReader {
+    /// Opens a file and reads its header.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, CaptureError> {
+        let path = path.as_ref();
+        let file = File::open(path).map_err(|source| CaptureError::Open { path: path.to_owned(), source })?;
+        Self::from_input(path, Box::new(BufReader::new(file)))
+    }
+
+    /// Reads a capture from anything; `name` stands for its path in errors.
+    pub fn from_input(name: impl AsRef<Path>, input: Box<dyn Read>) -> Result<Self, CaptureError> {
+        let mut reader = Self {
+            path: name.as_ref().to_owned(),
+            input,
+            offset: 0,
+            header: Header::default(),
+            tables: StackTable::default(),
+            decoder: v1::ChunkDecoder::new(),
+            stored: Vec::new(),
+            raw: Vec::new(),
+            chunk_offset: 0,
+            in_events: false,
+            done: false,
+            suspect: None,
+            trailer: None,
+            cut: None,
+            damage: Damage::default(),
+        };
+        reader.read_prefix()?;
+        reader.read_header()?;
+        Ok(reader)
+    }
+
+    /// The facts of the run.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The tables as far as they were read.
+    pub fn stacks(&self) -> &StackTable {
+        &self.tables
+    }
+
+    /// Gives up the reader for its tables.
+    pub fn into_stacks(self) -> StackTable {
+        self.tables
+    }
+
+    /// How the run ended; `None` before the end, and for a file that was cut.
+    pub fn trailer(&self) -> Option<&Trailer> {
+        self.trailer.as_ref()
+    }
+
+    /// Set when the file ends without a trailer.
+    pub fn cut(&self) -> Option<&CutShort> {
+        self.cut.as_ref()
+    }
+
+    /// What was lost in the middle.
+    pub fn damage(&self) -> &Damage {
+        &self.damage
+    }
+
+    fn read_prefix(&mut self) -> Result<(), CaptureError> {
+        let not_a_capture = |why| CaptureError::NotACapture { path: self.path.clone(), why };
+        let mut bytes = [0; PREFIX_LEN];
+        let got = fill(&mut self.input, &mut bytes).map_err(|source| CaptureError::Read {
+            path: self.path.clone(),
+            offset: 0,
+            source,
+        })?;
+        if got == 0 {
+            return Err(not_a_capture("it is empty"));
+        }
+        if got < PREFIX_LEN || bytes[..8] != MAGIC {
+            return Err(not_a_capture("it does not begin as one"));
+        }
+        let crc = u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
+        if crc32fast::hash(&bytes[..12]) != crc {
+            return Err(not_a_capture("its first sixteen bytes are damaged"));
+        }
+        let version = u16::from_le_bytes([bytes[8], bytes[9]]);
+        let flags = u16::from_le_bytes([bytes[10], bytes[11]]);
+        match version {
+            0 => return Err(not_a_capture("its version is 0")),
+            1 => {}
+            newer => {
+                debug_assert!(newer > VERSION);
+                return Err(CaptureError::NewerVersion { path: self.path.clone(), found: newer });
+            }
+        }
+        if flags & REQUIRED_FLAGS != 0 {
+            return Err(CaptureError::NewerFeatures { path: self.path.clone(), flags });
+        }
+        self.offset = PREFIX_LEN as u64;
+        Ok(())
+    }
+
+    fn read_header(&mut self) -> Result<(), CaptureError> {
+        let why = match self.read_chunk()? {
+            Found::Good(chunk) if chunk.kind == kind::HEADER => {
+                match chunk.unpack(&self.stored, &mut self.raw) {
+                    Ok(()) => match serde_json::from_slice(&self.raw) {
+                        Ok(header) => {
+                            self.header = header;
+                            return Ok(());
+                        }
+                        Err(error) => error.to_string(),
+                    },
+                    Err(why) => why.to_owned(),
+                }
+            }
+            Found::Good(_) => "the first chunk is not a header".to_owned(),
+            Found::Bad(_) => "its checksum is wrong".to_owned(),
+            Found::End => "the file ends before it".to_owned(),
+            Found::Torn(why) => why.to_owned(),
+        };
+        Err(CaptureError::BadHeader { path: self.path.clone(), why })
+    }
+
+    /// Reads one chunk's stored bytes. Nothing is reserved beyond the format's bounds.
+    fn read_chunk(&mut self) -> Result<Found, CaptureError> {
+        self.chunk_offset = self.offset;
+        let failed =
+            |path: &Path, offset, source| CaptureError::Read { path: path.to_owned(), offset, source };
+        let mut bytes = [0; CHUNK_HEADER_LEN];
+        let got = fill(&mut self.input, &mut bytes).map_err(|e| failed(&self.path, self.offset, e))?;
+        self.offset += got as u64;
+        if got == 0 {
+            return Ok(Found::End);
+        }
+        if got < bytes.len() {
+            return Ok(Found::Torn("the file ends within a chunk's header"));
+        }
+        let chunk = ChunkHeader::parse(&bytes);
+        if !chunk.is_plausible() {
+            return Ok(Found::Torn("there is no chunk where one should begin"));
+        }
+        self.stored.clear();
+        let got = (&mut self.input)
+            .take(chunk.stored_len as u64)
+            .read_to_end(&mut self.stored)
+            .map_err(|e| failed(&self.path, self.offset, e))?;
+        self.offset += got as u64;
+        if got < chunk.stored_len {
+            return Ok(Found::Torn("the file ends within a chunk"));
+        }
+        Ok(if chunk.matches(&self.stored) { Found::Good(chunk) } else { Found::Bad(chunk) })
+    }
+
+    /// Goes to the next events chunk, or to the end (`done`).
+    fn advance(&mut self) -> Result<(), CaptureError> {
+        match self.read_chunk()? {
+            Found::Good(chunk) => {
+                self.settle_suspect();
+                self.enter(chunk);
+            }
+            Found::Bad(chunk) => {
+                let suspect =
+                    self.suspect.get_or_insert(Suspect { offset: self.chunk_offset, chunks: 0, bytes: 0 });
+                suspect.chunks += 1;
+                suspect.bytes += possible_bytes(&chunk);
+            }
+            Found::End => self.end("there is no trailer: heaptap was killed, or is still recording"),
+            Found::Torn(why) => self.end(why),
+        }
+        Ok(())
+    }
+
+    fn enter(&mut self, chunk: ChunkHeader) {
+        if !matches!(chunk.kind, kind::EVENTS | kind::TRAILER) {
+            return;
+        }
+        if let Err(why) = chunk.unpack(&self.stored, &mut self.raw) {
+            self.lose(self.chunk_offset, 1, possible_bytes(&chunk), why);
+            return;
+        }
+        if chunk.kind == kind::EVENTS {
+            self.decoder.reset();
+            self.in_events = true;
+            return;
+        }
+        match serde_json::from_slice(&self.raw) {
+            Ok(trailer) => {
+                self.trailer = Some(trailer);
+                self.done = true;
+            }
+            Err(_) => self.end("its trailer cannot be understood"),
+        }
+    }
+
+    /// A good chunk came: those before it were damaged, not the end of the file.
+    fn settle_suspect(&mut self) {
+        if let Some(Suspect { offset, chunks, bytes }) = self.suspect.take() {
+            self.lose(offset, chunks, bytes, "the checksum is wrong");
+        }
+    }
+
+    fn lose(&mut self, offset: u64, chunks: u64, bytes: u64, why: &str) {
+        self.damage.chunks += chunks;
+        self.damage.first.get_or_insert_with(|| CutShort { offset, why: why.to_owned() });
+        self.tables.note_lost(bytes);
+    }
+
+    fn end(&mut self, why: &str) {
+        let (offset, why) = match self.suspect.take() {
+            Some(suspect) => (suspect.offset, "a chunk's checksum is wrong and no good one follows"),
+            None => (self.chunk_offset, why),
+        };
+        self.cut = Some(CutShort { offset, why: why.to_owned() });
+        self.done = true;
+    }
+}
+
+impl Iterator for CaptureReader {
+    /// An error is one of reading the file; after it the iterator has ended.
+    type Item = Result<Record, CaptureError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while !self.done {
+            if self.in_events {
+                match self.decoder.next(&self.raw, &mut self.tables) {
+                    Ok(Some(record)) => return Some(Ok(record)),
+                    Ok(None) => self.in_events = false,
+                    Err(why) => {
+                        self.in_events = false;
+                        self.lose(self.chunk_offset, 1, self.raw.len() as u64, why);
+                    }
+                }
+            } else if let Err(error) = self.advance() {
+                self.done = true;
+                return Some(Err(error));
+            }
+        }
+        None
+    }
+}
+
+/// What a chunk that can't be read may have held: no more than lz4 can put into its bytes.
+fn possible_bytes(chunk: &ChunkHeader) -> u64 {
+    (chunk.raw_len as u64).min(chunk.stored_len as u64 * 255)
+}
+
+/// Reads until `buf` is full or the input ends; gives the bytes read.
+fn fill(input: &mut dyn Read, buf: &mut [u8]) -> io::Result<usize> {
+    let mut got = 0;
+    while got < buf.len() {
+        match input.read(&mut buf[got..]) {
+            Ok(0) => break,
+            Ok(n) => got += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(got)
+}
+
+#[cfg(test)]
+#[path = "reader_tests.rs"]
+mod tests;

@@ -1,0 +1,303 @@
+//! Writer and reader together: what goes in comes out, cut and damaged files give what they still hold.
+
+use super::*;
+use crate::addr::RemoteAddr;
+use crate::capture::{
+    Allocation, AllocatorKind, CaptureWriter, Counters, DropReason, EndReason, Free, FreeUnknown, GapReason,
+    StackId, Unmap,
+};
+use proptest::prelude::*;
+use std::io::Cursor;
+
+fn header() -> Header {
+    Header {
+        pid: 42,
+        command_line: vec!["python".into(), "app.py".into()],
+        page_size: 4096,
+        ..Header::default()
+    }
+}
+
+fn read(bytes: Vec<u8>) -> Result<CaptureReader, CaptureError> {
+    CaptureReader::from_input("test", Box::new(Cursor::new(bytes)))
+}
+
+/// Events only, without definitions and times.
+fn events(reader: &mut CaptureReader) -> Vec<Record> {
+    reader
+        .map(|record| record.unwrap())
+        .filter(|record| {
+            !matches!(
+                record,
+                Record::String(_) | Record::Frame(_) | Record::Stack(_) | Record::Thread(_) | Record::Time(_)
+            )
+        })
+        .collect()
+}
+
+/// Writes with `script` and gives the file's bytes.
+fn write(script: impl FnOnce(&mut CaptureWriter)) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.heaptap");
+    let mut writer = CaptureWriter::create(&path, false, &header()).unwrap();
+    script(&mut writer);
+    writer.finish(Trailer { reason: EndReason::Duration, ..Trailer::default() }).unwrap();
+    std::fs::read(&path).unwrap()
+}
+
+fn malloc(tid: u32, address: u64, size: u64, stack: StackId) -> Allocation {
+    Allocation { allocator: AllocatorKind::Malloc, tid, address: RemoteAddr(address), size, stack }
+}
+
+/// `chunks` chunks of ten allocations each, every one with a stack of its own.
+fn in_chunks(chunks: u64) -> Vec<u8> {
+    write(|writer| {
+        for chunk in 0..chunks {
+            for n in 0..10 {
+                let frame = writer.intern_frame(&format!("f{chunk}_{n}"), "a.py", n as u32).unwrap();
+                let stack = writer.intern_stack(&[frame]).unwrap();
+                writer.allocation(malloc(7, 0x1000 * chunk + 16 * n, n, stack)).unwrap();
+            }
+            writer.flush().unwrap();
+        }
+    })
+}
+
+/// Offsets at which chunks begin, and the file's length.
+fn chunk_offsets(bytes: &[u8]) -> Vec<usize> {
+    let mut at = PREFIX_LEN;
+    let mut offsets = Vec::new();
+    while at < bytes.len() {
+        offsets.push(at);
+        at += CHUNK_HEADER_LEN + ChunkHeader::parse(bytes[at..].first_chunk().unwrap()).stored_len;
+    }
+    offsets.push(at);
+    offsets
+}
+
+fn any_event() -> impl Strategy<Value = Record> {
+    let kind = || prop::sample::select(&AllocatorKind::ALL[..]);
+    let address = || prop_oneof![0u64..4096, any::<u64>()].prop_map(RemoteAddr);
+    let tid = || prop_oneof![1u32..4, any::<u32>()];
+    prop_oneof![
+        (kind(), tid(), address(), any::<u64>(), 0u32..4).prop_map(
+            |(allocator, tid, address, size, stack)| {
+                Record::Allocation(Allocation { allocator, tid, address, size, stack: StackId(stack) })
+            }
+        ),
+        (kind(), tid(), address()).prop_map(|(deallocator, tid, address)| Record::Free(Free {
+            deallocator,
+            tid,
+            address
+        })),
+        (kind(), tid(), address()).prop_map(|(deallocator, tid, address)| {
+            Record::FreeUnknown(FreeUnknown { deallocator, tid, address })
+        }),
+        (tid(), address(), any::<u64>()).prop_map(|(tid, address, len)| Record::Unmap(Unmap {
+            tid,
+            address,
+            len
+        })),
+        (any::<u64>(), any::<u8>())
+            .prop_map(|(count, id)| Record::Drop { count, reason: DropReason::from_id(id) }),
+        (any::<u64>(), any::<u8>())
+            .prop_map(|(duration_ns, id)| Record::Gap { duration_ns, reason: GapReason::from_id(id) }),
+    ]
+}
+
+fn put(writer: &mut CaptureWriter, record: &Record) {
+    match *record {
+        Record::Allocation(event) => writer.allocation(event),
+        Record::Free(event) => writer.free(event),
+        Record::FreeUnknown(event) => writer.free_unknown(event),
+        Record::Unmap(event) => writer.unmap(event),
+        Record::Drop { count, reason } => writer.dropped(count, reason),
+        Record::Gap { duration_ns, reason } => writer.gap(duration_ns, reason),
+        _ => unreachable!(),
+    }
+    .unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn every_event_comes_out_as_it_went_in(
+        records in prop::collection::vec(any_event(), 0..400),
+        flush_every in 1usize..200,
+    ) {
+        let bytes = write(|writer| {
+            let frames: Vec<_> =
+                (0..3).map(|n| writer.intern_frame("f", "a.py", n).unwrap()).collect();
+            assert_eq!(writer.intern_stack(&frames).unwrap(), StackId(3));
+            for (n, record) in records.iter().enumerate() {
+                put(writer, record);
+                if n % flush_every == 0 {
+                    writer.flush().unwrap();
+                }
+            }
+        });
+        let mut reader = read(bytes).unwrap();
+        prop_assert_eq!(events(&mut reader), records);
+        prop_assert_eq!(reader.cut(), None);
+        prop_assert_eq!(reader.damage().chunks, 0);
+    }
+
+    #[test]
+    fn flipped_bits_lose_what_they_hit_and_never_panic(
+        flips in prop::collection::vec(any::<prop::sample::Index>(), 1..4),
+    ) {
+        let mut bytes = in_chunks(6);
+        for flip in flips {
+            let bit = flip.index(bytes.len() * 8);
+            bytes[bit / 8] ^= 1 << (bit % 8);
+        }
+        if let Ok(mut reader) = read(bytes) {
+            let good = events(&mut reader);
+            prop_assert!(good.len() <= 60 && good.len().is_multiple_of(10));
+            prop_assert!(reader.cut().is_some() || reader.trailer().is_some());
+            // Nothing may be missing in silence.
+            prop_assert!(good.len() == 60 || reader.cut().is_some() || reader.damage().chunks > 0);
+        }
+    }
+
+    #[test]
+    fn bytes_that_pass_the_checksum_but_mean_nothing_do_no_harm(raw in prop::collection::vec(any::<u8>(), 0..400)) {
+        let mut bytes = write(|_| {});
+        bytes.truncate(chunk_offsets(&bytes)[1]);
+        crate::capture::chunk::seal(kind::EVENTS, &raw, &mut bytes);
+        let mut reader = read(bytes).unwrap();
+        for record in reader.by_ref() {
+            record.unwrap();
+        }
+        prop_assert!(reader.stacks().stack_count() <= raw.len());
+    }
+}
+
+#[test]
+fn a_file_cut_at_any_byte_reads_up_to_its_last_whole_chunk() {
+    let bytes = in_chunks(3);
+    let offsets = chunk_offsets(&bytes);
+    for len in 0..bytes.len() {
+        match read(bytes[..len].to_vec()) {
+            Err(_) => assert!(len < offsets[1], "the header was whole at {len}"),
+            Ok(mut reader) => {
+                let whole = offsets[1..].iter().filter(|end| **end <= len).count() - 1;
+                assert_eq!(events(&mut reader).len(), 10 * whole, "cut at {len}");
+                assert_eq!(reader.cut().unwrap().offset as usize, offsets[whole + 1]);
+                assert!(reader.trailer().is_none());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_damaged_chunk_loses_itself_only() {
+    let mut bytes = in_chunks(4);
+    let offsets = chunk_offsets(&bytes);
+    bytes[offsets[2] + CHUNK_HEADER_LEN + 5] ^= 0x40;
+    let mut reader = read(bytes).unwrap();
+    let left = events(&mut reader);
+    assert_eq!(left.len(), 30);
+    assert_eq!((reader.damage().chunks, reader.cut()), (1, None));
+    assert_eq!(reader.damage().first.as_ref().unwrap().offset, offsets[2] as u64);
+    let Record::Allocation(last) = left[29] else { panic!() };
+    let frame = reader.stacks().frames(last.stack).next().unwrap();
+    assert_eq!(reader.stacks().frame(frame).function, "f3_9");
+    assert!(reader.trailer().is_some());
+}
+
+#[test]
+fn counters_time_and_threads_are_kept() {
+    let bytes = write(|writer| {
+        writer.define_thread(7, "worker", "Thread-1").unwrap();
+        for n in 0..100 {
+            writer.time(n * 100_000);
+            writer.allocation(malloc(7, 16 * n, 8, StackId::EMPTY)).unwrap();
+            writer
+                .free(Free { deallocator: AllocatorKind::Free, tid: 7, address: RemoteAddr(16 * n) })
+                .unwrap();
+        }
+        writer.dropped(5, DropReason::BufferFull).unwrap();
+    });
+    let mut reader = read(bytes).unwrap();
+    let times: Vec<u64> = (&mut reader)
+        .filter_map(|record| match record.unwrap() {
+            Record::Time(ns) => Some(ns),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(times.first(), Some(&100_000));
+    assert!(times.len() <= 11 && times.is_sorted() && *times.last().unwrap() >= 9_000_000);
+    assert_eq!(reader.stacks().thread(7).unwrap().python, "Thread-1");
+    let expected = Counters { events: 200, allocations: 100, frees: 100, drops: 5, ..Counters::default() };
+    assert_eq!(reader.trailer().unwrap().counters, expected);
+}
+
+#[test]
+fn another_version_or_file_says_what_it_is() {
+    let mut bytes = in_chunks(1);
+    let newer = crate::capture::writer::prefix(9, 0);
+    bytes[..PREFIX_LEN].copy_from_slice(&newer);
+    let error = read(bytes.clone()).err().unwrap();
+    assert!(matches!(error, CaptureError::NewerVersion { found: 9, .. }));
+    assert!(error.to_string().contains("version 9") && error.hint().is_some());
+    bytes[..PREFIX_LEN].copy_from_slice(&crate::capture::writer::prefix(1, 0x0100));
+    assert!(matches!(read(bytes.clone()), Err(CaptureError::NewerFeatures { .. })));
+    bytes[..PREFIX_LEN].copy_from_slice(&crate::capture::writer::prefix(1, 0x0001));
+    assert_eq!(events(&mut read(bytes).unwrap()).len(), 10);
+    assert!(matches!(read(b"#!/bin/sh\necho hello\n".to_vec()), Err(CaptureError::NotACapture { .. })));
+    assert!(matches!(read(Vec::new()), Err(CaptureError::NotACapture { .. })));
+}
+
+#[test]
+fn unknown_chunks_and_fields_are_passed_over() {
+    let bytes = in_chunks(1);
+    let offsets = chunk_offsets(&bytes);
+    let mut newer = bytes[..PREFIX_LEN].to_vec();
+    crate::capture::chunk::seal(
+        kind::HEADER,
+        br#"{"pid": 5, "breakpoints": "quantum", "news": [1]}"#,
+        &mut newer,
+    );
+    crate::capture::chunk::seal(77, b"something", &mut newer);
+    newer.extend_from_slice(&bytes[offsets[1]..offsets[2]]);
+    let trailer = br#"{"reason": {"kind": "bored", "of": "it"}, "more": 1}"#;
+    crate::capture::chunk::seal(kind::TRAILER, trailer, &mut newer);
+    let mut reader = read(newer).unwrap();
+    assert_eq!(reader.header().pid, 5);
+    assert_eq!(events(&mut reader).len(), 10);
+    assert_eq!((reader.cut(), reader.damage().chunks), (None, 0));
+    assert_eq!(reader.trailer().unwrap().reason, EndReason::Unknown);
+}
+
+#[test]
+fn a_full_disk_is_an_error_and_then_the_writer_is_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.heaptap");
+    let mut writer = CaptureWriter::create(&path, false, &header()).unwrap();
+    writer.allocation(malloc(1, 16, 1, StackId::EMPTY)).unwrap();
+    writer.flush().unwrap();
+    writer.replace_file(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+    writer.allocation(malloc(1, 32, 1, StackId::EMPTY)).unwrap();
+    let error = writer.flush().unwrap_err();
+    assert!(
+        matches!(&error, CaptureError::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull)
+    );
+    assert!(error.to_string().contains("a.heaptap"));
+    assert!(matches!(writer.allocation(malloc(1, 48, 1, StackId::EMPTY)), Err(CaptureError::Closed { .. })));
+    assert!(matches!(writer.finish(Trailer::default()), Err(CaptureError::Closed { .. })));
+    let mut reader = CaptureReader::open(&path).unwrap();
+    assert_eq!(events(&mut reader).len(), 1);
+    assert!(reader.cut().is_some());
+}
+
+#[test]
+fn a_huge_command_line_still_fits_the_header() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.heaptap");
+    let header = Header { command_line: vec!["é".repeat(2 << 20); 3], ..header() };
+    CaptureWriter::create(&path, false, &header).unwrap().finish(Trailer::default()).unwrap();
+    let kept = CaptureReader::open(&path).unwrap().header().command_line.clone();
+    assert!(kept[0].ends_with('…') && kept.concat().len() < 100_000);
+}

@@ -1,0 +1,102 @@
+//! The trailer document: how the run ended, and what was counted.
+
+use serde::{Deserialize, Serialize};
+
+/// What is known at the end of a run. A file without one was cut short.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Trailer {
+    /// When recording ended: wall clock, nanoseconds since 1970 UTC.
+    pub end_unix_ns: u64,
+    /// How long it recorded, on the monotonic clock, in nanoseconds.
+    pub duration_ns: u64,
+    /// Why it ended.
+    pub reason: EndReason,
+    /// What was counted.
+    pub counters: Counters,
+}
+
+/// Why recording ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum EndReason {
+    /// The asked time was over.
+    Duration,
+    /// heaptap was asked to end.
+    Interrupted {
+        /// `SIGINT`, `SIGTERM`, …
+        signal: String,
+    },
+    /// The target ended by itself.
+    TargetExited {
+        /// Its exit code.
+        code: i32,
+    },
+    /// The target was killed.
+    TargetKilled {
+        /// `SIGKILL`, …
+        signal: String,
+    },
+    /// The target became another program.
+    TargetExec {
+        /// Its executable.
+        path: String,
+    },
+    /// heaptap failed.
+    ControllerError {
+        /// The error.
+        message: String,
+    },
+    /// Not known, or a reason of a later version.
+    #[default]
+    #[serde(other)]
+    Unknown,
+}
+
+impl EndReason {
+    /// How reports put it.
+    pub fn text(&self) -> String {
+        match self {
+            Self::Duration => "the duration was over".to_owned(),
+            Self::Interrupted { signal } => format!("interrupted by {signal}"),
+            Self::TargetExited { code } => format!("the target exited with code {code}"),
+            Self::TargetKilled { signal } => format!("the target was killed by {signal}"),
+            Self::TargetExec { path } => format!("the target executed {path}"),
+            Self::ControllerError { message } => format!("heaptap failed: {message}"),
+            Self::Unknown => "unknown".to_owned(),
+        }
+    }
+}
+
+/// Numbers of a run. The writer fills in those that it sees itself (the first group).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Counters {
+    /// Allocations, frees and unmaps written.
+    pub events: u64,
+    /// Allocations written.
+    pub allocations: u64,
+    /// Frees of blocks of this capture.
+    pub frees: u64,
+    /// Frees of blocks from before the attach.
+    pub frees_from_before: u64,
+    /// Unmaps written.
+    pub unmaps: u64,
+    /// Events known to be missing.
+    pub drops: u64,
+    /// Spans without records.
+    pub gaps: u64,
+    /// Distinct stacks.
+    pub distinct_stacks: u64,
+
+    /// Unmaps of ranges not mapped during the capture.
+    pub unmaps_unknown: u64,
+    /// Allocations that returned an error.
+    pub failed_allocations: u64,
+    /// Most bytes live at once.
+    pub peak_live_bytes: u64,
+    /// Bytes live at the end.
+    pub live_bytes: u64,
+    /// Blocks live at the end.
+    pub live_blocks: u64,
+}

@@ -1,0 +1,308 @@
+//! [`CaptureWriter`]: records in, whole chunks out.
+//!
+//! Crash consistency: a chunk is handed to the kernel by one call once it is complete, so a file
+//! whose writer was killed ends with a whole chunk or with one that fails its checksum. Memory: one
+//! chunk, and the tables of distinct strings, frames and stacks.
+
+use super::chunk;
+use super::create::create;
+use super::encode::ChunkEncoder;
+use super::error::CaptureError;
+use super::format::{CHUNK_TARGET_LEN, MAGIC, MAX_RAW_LEN, MAX_STRING_LEN, VERSION, kind};
+use super::header::Header;
+use super::intern::{Full, Interned, Interner, cut};
+use super::record::{
+    Allocation, DropReason, FrameId, Free, FreeUnknown, GapReason, StackId, StringId, Unmap,
+};
+use super::trailer::{Counters, Trailer};
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Times closer together than this are one.
+const TIME_STEP_NS: u64 = 1_000_000;
+/// Room kept at the end of a chunk for one more record (the longest has two strings).
+const _: () = assert!(CHUNK_TARGET_LEN + 4 * MAX_STRING_LEN < MAX_RAW_LEN);
+
+/// Writes one capture file. Any error is final: what was written before stays readable, and every
+/// later call fails with [`CaptureError::Closed`].
+pub struct CaptureWriter {
+    path: PathBuf,
+    file: File,
+    /// Bytes of the file that are whole chunks.
+    offset: u64,
+    failed: bool,
+    encoder: ChunkEncoder,
+    interner: Interner,
+    packed: Vec<u8>,
+    counters: Counters,
+    now_ns: u64,
+    /// The last time put into the current chunk.
+    written_time: Option<u64>,
+}
+
+impl CaptureWriter {
+    /// Creates `path` (mode 0600) and writes the header. An existing file is an error unless `force`,
+    /// and anything but a regular file or `/dev/null` is an error always.
+    pub fn create(path: impl AsRef<Path>, force: bool, header: &Header) -> Result<Self, CaptureError> {
+        let path = path.as_ref().to_owned();
+        let document =
+            serde_json::to_vec(&header.clamped()).map_err(|error| document_error(&path, "header", error))?;
+        let file = create(&path, force)?;
+        let mut writer = Self {
+            path,
+            file,
+            offset: 0,
+            failed: false,
+            encoder: ChunkEncoder::new(),
+            interner: Interner::default(),
+            packed: Vec::new(),
+            counters: Counters::default(),
+            now_ns: 0,
+            written_time: None,
+        };
+        writer.packed.extend_from_slice(&prefix(VERSION, 0));
+        writer.document("header", kind::HEADER, &document)?;
+        Ok(writer)
+    }
+
+    /// The id of a code location. `line` 0 means unknown.
+    pub fn intern_frame(&mut self, function: &str, file: &str, line: u32) -> Result<FrameId, CaptureError> {
+        let function = self.intern_string(function)?;
+        let file = self.intern_string(file)?;
+        match self.interner.frame(function, file, line) {
+            Ok(Interned::Known(id)) => Ok(id),
+            Ok(Interned::New(id)) => {
+                self.room()?;
+                self.encoder.frame(id, function, file, line);
+                Ok(id)
+            }
+            Err(full) => Err(self.full(full)),
+        }
+    }
+
+    /// The id of a stack, given innermost frame first. Costs one look-up per frame; an id that this
+    /// writer did not give out is taken for the end of the stack.
+    pub fn intern_stack(&mut self, innermost_first: &[FrameId]) -> Result<StackId, CaptureError> {
+        let mut stack = StackId::EMPTY;
+        for &frame in innermost_first.iter().rev() {
+            stack = self.intern_call(stack, frame)?;
+        }
+        Ok(stack)
+    }
+
+    /// The id of the stack that is `caller` with `frame` on top: for recorders that remember their
+    /// threads' last stacks and walk only what changed.
+    pub fn intern_call(&mut self, caller: StackId, frame: FrameId) -> Result<StackId, CaptureError> {
+        let known = (frame.0 as usize) < self.interner.frame_count()
+            && (caller.0 as usize) <= self.interner.node_count();
+        if !known {
+            return Ok(caller);
+        }
+        match self.interner.node(caller, frame) {
+            Ok(Interned::Known(id)) => Ok(id),
+            Ok(Interned::New(id)) => {
+                self.room()?;
+                self.encoder.node(id, caller, frame);
+                Ok(id)
+            }
+            Err(full) => Err(self.full(full)),
+        }
+    }
+
+    /// Names a thread; an empty name is an unknown one. May be said again when the name changes.
+    pub fn define_thread(&mut self, tid: u32, os_name: &str, python_name: &str) -> Result<(), CaptureError> {
+        self.room()?;
+        self.encoder.thread(tid, &cut(os_name, MAX_STRING_LEN), &cut(python_name, MAX_STRING_LEN));
+        Ok(())
+    }
+
+    /// Nanoseconds since the start, true of the events that follow. Cheap to call before every event:
+    /// a record is made when a millisecond has passed. A time before the last is taken for the last.
+    pub fn time(&mut self, ns_since_start: u64) {
+        self.now_ns = self.now_ns.max(ns_since_start);
+    }
+
+    /// Memory was handed out.
+    pub fn allocation(&mut self, event: Allocation) -> Result<(), CaptureError> {
+        self.event()?;
+        self.counters.allocations += 1;
+        self.encoder.allocation(&event);
+        Ok(())
+    }
+
+    /// A block of this capture was given back.
+    pub fn free(&mut self, event: Free) -> Result<(), CaptureError> {
+        self.event()?;
+        self.counters.frees += 1;
+        self.encoder.free(&event);
+        Ok(())
+    }
+
+    /// A block from before the attach was given back.
+    pub fn free_unknown(&mut self, event: FreeUnknown) -> Result<(), CaptureError> {
+        self.event()?;
+        self.counters.frees_from_before += 1;
+        self.encoder.free_unknown(&event);
+        Ok(())
+    }
+
+    /// A range was unmapped.
+    pub fn unmap(&mut self, event: Unmap) -> Result<(), CaptureError> {
+        self.event()?;
+        self.counters.unmaps += 1;
+        self.encoder.unmap(&event);
+        Ok(())
+    }
+
+    /// `count` events are missing here.
+    pub fn dropped(&mut self, count: u64, reason: DropReason) -> Result<(), CaptureError> {
+        self.begin_record()?;
+        self.counters.drops = self.counters.drops.saturating_add(count);
+        self.encoder.dropped(count, reason);
+        Ok(())
+    }
+
+    /// Nothing was recorded for a while.
+    pub fn gap(&mut self, duration_ns: u64, reason: GapReason) -> Result<(), CaptureError> {
+        self.begin_record()?;
+        self.counters.gaps += 1;
+        self.encoder.gap(duration_ns, reason);
+        Ok(())
+    }
+
+    /// What this writer has counted so far (only the counters that it sees itself).
+    pub fn counters(&self) -> Counters {
+        Counters { distinct_stacks: self.interner.node_count() as u64, ..self.counters }
+    }
+
+    /// Bytes of the file so far.
+    pub fn bytes_written(&self) -> u64 {
+        self.offset
+    }
+
+    /// Hands the records so far to the kernel. Called about once a second by the recorder, so that a
+    /// kill loses no more than that.
+    pub fn flush(&mut self) -> Result<(), CaptureError> {
+        self.check_open()?;
+        if self.encoder.is_empty() {
+            return Ok(());
+        }
+        chunk::seal(kind::EVENTS, self.encoder.bytes(), &mut self.packed);
+        self.encoder.reset();
+        self.written_time = None;
+        self.write_packed()
+    }
+
+    /// Writes what is left and the trailer. The counters that the writer sees itself replace those
+    /// given.
+    pub fn finish(mut self, trailer: Trailer) -> Result<(), CaptureError> {
+        self.flush()?;
+        let own = self.counters();
+        let given = trailer.counters;
+        let counters = Counters {
+            unmaps_unknown: given.unmaps_unknown,
+            failed_allocations: given.failed_allocations,
+            peak_live_bytes: given.peak_live_bytes,
+            live_bytes: given.live_bytes,
+            live_blocks: given.live_blocks,
+            ..own
+        };
+        let document = serde_json::to_vec(&Trailer { counters, ..trailer })
+            .map_err(|error| document_error(&self.path, "trailer", error))?;
+        self.document("trailer", kind::TRAILER, &document)
+    }
+
+    /// Lets a test write into a device that fails.
+    #[cfg(test)]
+    pub(super) fn replace_file(&mut self, file: File) {
+        self.file = file;
+    }
+
+    fn intern_string(&mut self, text: &str) -> Result<StringId, CaptureError> {
+        let text = cut(text, MAX_STRING_LEN);
+        match self.interner.string(&text) {
+            Ok(Interned::Known(id)) => Ok(id),
+            Ok(Interned::New(id)) => {
+                self.room()?;
+                self.encoder.string(id, &text);
+                Ok(id)
+            }
+            Err(full) => Err(self.full(full)),
+        }
+    }
+
+    fn event(&mut self) -> Result<(), CaptureError> {
+        self.begin_record()?;
+        self.counters.events += 1;
+        Ok(())
+    }
+
+    /// Makes room, and states the time if it is due.
+    fn begin_record(&mut self) -> Result<(), CaptureError> {
+        self.room()?;
+        let due = match self.written_time {
+            Some(written) => self.now_ns - written >= TIME_STEP_NS,
+            None => self.now_ns > 0,
+        };
+        if due {
+            self.encoder.time(self.now_ns);
+            self.written_time = Some(self.now_ns);
+        }
+        Ok(())
+    }
+
+    fn room(&mut self) -> Result<(), CaptureError> {
+        if self.encoder.bytes().len() >= CHUNK_TARGET_LEN { self.flush() } else { self.check_open() }
+    }
+
+    fn check_open(&self) -> Result<(), CaptureError> {
+        if self.failed { Err(CaptureError::Closed { path: self.path.clone() }) } else { Ok(()) }
+    }
+
+    fn full(&mut self, Full(what): Full) -> CaptureError {
+        CaptureError::TooMany { path: self.path.clone(), what }
+    }
+
+    fn document(&mut self, what: &'static str, kind: u8, document: &[u8]) -> Result<(), CaptureError> {
+        if document.len() > MAX_RAW_LEN {
+            let why = format!("{} bytes are more than a chunk holds", document.len());
+            return Err(CaptureError::Document { path: self.path.clone(), what, why });
+        }
+        chunk::seal(kind, document, &mut self.packed);
+        self.write_packed()
+    }
+
+    fn write_packed(&mut self) -> Result<(), CaptureError> {
+        let written = self.file.write_all(&self.packed);
+        let len = self.packed.len() as u64;
+        self.packed.clear();
+        match written {
+            Ok(()) => {
+                self.offset += len;
+                Ok(())
+            }
+            Err(source) => {
+                self.failed = true;
+                // Best effort: the reader copes with a torn chunk too.
+                let _ = self.file.set_len(self.offset);
+                Err(CaptureError::Write { path: self.path.clone(), offset: self.offset, source })
+            }
+        }
+    }
+}
+
+fn document_error(path: &Path, what: &'static str, error: serde_json::Error) -> CaptureError {
+    CaptureError::Document { path: path.to_owned(), what, why: error.to_string() }
+}
+
+/// The first sixteen bytes of a file.
+pub(super) fn prefix(version: u16, flags: u16) -> [u8; super::format::PREFIX_LEN] {
+    let mut bytes = [0; super::format::PREFIX_LEN];
+    bytes[..8].copy_from_slice(&MAGIC);
+    bytes[8..10].copy_from_slice(&version.to_le_bytes());
+    bytes[10..12].copy_from_slice(&flags.to_le_bytes());
+    let crc = crc32fast::hash(&bytes[..12]);
+    bytes[12..].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
