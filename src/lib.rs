@@ -2,5 +2,10 @@
 //! and lets go without a trace.
 
 pub mod addr;
+pub mod cli;
+pub mod cpython;
+pub mod image;
 pub mod inferior;
+pub mod mapping;
 pub mod memory;
+pub mod python_binary;
