@@ -3,7 +3,11 @@
 
 pub mod addr;
 pub mod capture;
+pub mod cli;
+pub mod cpython;
+pub mod image;
 pub mod inferior;
 pub mod mapping;
 pub mod memory;
 pub mod probe;
+pub mod python_binary;

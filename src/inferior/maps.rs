@@ -116,6 +116,12 @@ pub fn tasks(pid: i32) -> Result<Vec<i32>, FactError> {
     if tids.is_empty() { Err(FactError::Gone { pid }) } else { Ok(tids) }
 }
 
+/// The thread ids of `pid`, each with the id that its own (innermost) pid namespace gives it: what the process itself sees.
+pub fn namespaced_tasks(pid: i32) -> Result<Vec<(i32, i32)>, FactError> {
+    let inner = |tid: i32| status(pid, tid).ok().and_then(|s| s.ns_pids.last().copied()).unwrap_or(tid);
+    Ok(tasks(pid)?.into_iter().map(|tid| (tid, inner(tid))).collect())
+}
+
 /// The name the kernel has for a thread (`comm`), `None` when the thread is gone.
 pub fn task_name(pid: i32, tid: i32) -> Option<String> {
     let bytes = std::fs::read(format!("/proc/{pid}/task/{tid}/comm")).ok()?;
