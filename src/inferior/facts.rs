@@ -92,3 +92,14 @@ pub(super) fn not_permitted(pid: i32) -> AttachError {
         .unwrap_or_default();
     AttachError::NotPermitted { pid, owner, ptrace_scope: ptrace_scope() }
 }
+
+/// Refuses what the kernel would not let us trace: opening the target's memory for writing takes the same
+/// check as PTRACE_ATTACH (`ptrace_may_access` with PTRACE_MODE_ATTACH), and changes nothing.
+pub fn check_permitted(pid: i32) -> Result<(), AttachError> {
+    let path = format!("/proc/{pid}/mem");
+    match std::fs::File::options().read(true).write(true).open(&path) {
+        Ok(_) => Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Err(not_permitted(pid)),
+        Err(source) => Err(TraceError::Proc { path, source }.into()),
+    }
+}

@@ -219,3 +219,10 @@ mod tests {
         assert_eq!((path, deleted), (PathBuf::from("/x/a\nb"), true));
     }
 }
+
+/// Our own effective capabilities, bit n for capability n (capability.h); `None` where the kernel doesn't say.
+pub fn effective_capabilities() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let hex = status.lines().find_map(|l| l.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(hex.trim(), 16).ok()
+}

@@ -29,7 +29,12 @@ pub enum Observation {
     /// Nothing that counts: a nested call, `free(NULL)`.
     Nothing,
     /// A call that may give `what` back begins; whether it does, its end tells.
-    Begins(Request),
+    Begins {
+        /// By which function.
+        function: Function,
+        /// What it was asked.
+        request: Request,
+    },
     /// A block is given back, for certain.
     Freed {
         /// By which function.
@@ -131,7 +136,7 @@ impl Calls {
         let observation = match request {
             Request::Free { address } => Observation::Freed { function: thunk.function, address },
             Request::Reallocate { .. } | Request::Remap { .. } | Request::Unmap { .. } => {
-                Observation::Begins(request)
+                Observation::Begins { function: thunk.function, request }
             }
             _ => Observation::Nothing,
         };
@@ -254,7 +259,7 @@ mod tests {
         let memory = stack(rsp - 16, 0x3300);
         let hit = calls.hit(1, Trap::Entry(2), &at(rsp, 0x50, 99, 0), &memory);
         let request = Request::Reallocate { old: RemoteAddr(0x50), size: 99 };
-        assert_eq!(hit.observation, Observation::Begins(request));
+        assert_eq!(hit.observation, Observation::Begins { function: Function::Realloc, request });
         let hit = calls.hit(1, Trap::Entry(0), &at(rsp - 0x60, 99, 0, 0), &memory);
         assert_eq!(hit, Hit { goes_on: Some(RemoteAddr(0x1100)), observation: Observation::Nothing });
         let hit = calls.hit(1, Trap::Return(2), &at(rsp - 8, 0, 0, 0x60), &memory);

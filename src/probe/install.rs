@@ -43,7 +43,7 @@ pub struct Installed {
     patches: Vec<Patch>,
     calls: Calls,
     handler_installed: bool,
-    traps_sigtrap_word: RemoteAddr,
+    first_region: RemoteAddr,
 }
 
 /// What could not be taken back.
@@ -235,7 +235,7 @@ impl Planting<'_> {
         let calls = Calls::new(thunks);
         self.inferior.set_bypasses(calls.bypasses());
         Installed {
-            traps_sigtrap_word: self.mapped[0],
+            first_region: self.mapped[0],
             regions: self.mapped,
             patches: self.patches,
             calls,
@@ -278,6 +278,11 @@ impl Installed {
         &mut self.calls
     }
 
+    /// Whether our SIGTRAP handler is in force.
+    pub fn has_handler(&self) -> bool {
+        self.handler_installed
+    }
+
     /// Whether a trap of ours is what stopped `tid`; then which.
     pub fn trap_of(&self, inferior: &Inferior, tid: i32) -> Result<Option<(Trap, Registers)>, TraceError> {
         if !inferior.trapped_by_int3(tid) {
@@ -292,7 +297,7 @@ impl Installed {
     /// ends. `tid` is stopped at such a trap, whose signal was dropped.
     pub fn repair(&self, inferior: &mut Inferior, tid: i32, mask: u64) -> Result<(), TraceError> {
         let which = if self.handler_installed { region::OUR_ACTION } else { region::ORIGINAL_ACTION };
-        let action = self.traps_sigtrap_word.offset(which);
+        let action = self.first_region.offset(which);
         inferior.remote_syscall(tid, sigaction(action, RemoteAddr::NULL))?;
         inferior.set_mask(tid, mask | 1 << (libc::SIGTRAP - 1))
     }
