@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use common::{Python, Recording, Snapshot, Target, for_each_python, heaptap};
@@ -44,15 +45,25 @@ fn killing_the_recorder_at_any_instant_spares_the_target() {
         assert_right(&mut target, &mut rounds);
         let folder = tempfile::tempdir().unwrap();
         for round in 0..if common::soak() { ROUNDS * 10 } else { ROUNDS } {
+            let complaints = tempfile::tempfile().unwrap();
             let mut child = heaptap()
                 .args(["attach", "--pid", &target.pid().to_string(), "-o"])
                 .arg(folder.path().join(format!("{round}.heaptap")))
                 .stdout(std::process::Stdio::null())
-                .stderr(std::process::Stdio::null())
+                .stderr(complaints.try_clone().unwrap())
                 .spawn()
                 .unwrap();
             // Instants spread over the start, the attach and the recording; the low rounds hit the first milliseconds.
             std::thread::sleep(Duration::from_micros(round * round * 37 % 400_000));
+            // One that has ended by itself was refused (by what an earlier one left, say): then nothing is shown here.
+            if let Some(status) = child.try_wait().unwrap() {
+                let mut said = [0; 4096];
+                let length = complaints.read_at(&mut said, 0).unwrap();
+                panic!(
+                    "round {round}: {status} before it was killed: {}",
+                    String::from_utf8_lossy(&said[..length])
+                );
+            }
             child.kill().unwrap();
             child.wait().unwrap();
             assert_right(&mut target, &mut rounds);

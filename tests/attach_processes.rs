@@ -157,7 +157,8 @@ fn exec_ends_the_recording_and_spares_the_new_program() {
         truth.assert_matches(&capture.assert_code(0).dump());
         let said = capture.report("stats", &[]);
         assert!(said.contains("exec"), "the capture does not say that it ended with an exec:\n{said}");
-        assert!(Snapshot::take(target.pid()).differences(target.pid()).is_empty());
+        let now = Snapshot::take(target.pid());
+        assert!(now.changed_text().is_empty() && now.is_untraced(), "{now:#?}");
     });
 }
 

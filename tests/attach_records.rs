@@ -103,7 +103,7 @@ fn a_preloaded_allocator() {
     for library in ["libjemalloc.so.2", "libtcmalloc_minimal.so.4"] {
         let path = common::pythons::cache().join("allocators").join(library);
         if !path.exists() {
-            common::skipped(&format!("{library}: not in the cache (scripts/fetch-interpreters allocators)"));
+            common::missing(&format!("{library}: not in the cache (scripts/fetch-interpreters allocators)"));
             continue;
         }
         let here = |python: &Python| python.records_promised() && python.root.is_none();

@@ -172,6 +172,7 @@ fn a_process_of_32_bits() {
             return common::skipped(&format!("a 32-bit process: this kernel does not run one ({error})"));
         }
     };
+    wait_for_state(child.pid(), 'S');
     assert_refused(&attach(child.pid()), &["32-bit"]);
 }
 

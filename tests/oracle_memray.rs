@@ -143,7 +143,7 @@ fn heaptap_and_memray_agree() {
     for_each_python(compared, |python| {
         let venv = match prepare(python) {
             Ok(venv) => venv,
-            Err(why) => return common::skipped(&format!("memray for {python}: {why}")),
+            Err(why) => return common::missing(&format!("memray for {python}: {why}")),
         };
         let folder = tempfile::tempdir().unwrap();
         let capture = run_memray(python, &venv, folder.path());
@@ -173,7 +173,7 @@ fn memray_confirms_the_fixtures() {
     for_each_python(compared, |python| {
         let venv = match prepare(python) {
             Ok(venv) => venv,
-            Err(why) => return common::skipped(&format!("memray for {python}: {why}")),
+            Err(why) => return common::missing(&format!("memray for {python}: {why}")),
         };
         let folder = tempfile::tempdir().unwrap();
         let capture = run_memray(python, &venv, folder.path());

@@ -22,16 +22,21 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 static SKIPPED: AtomicUsize = AtomicUsize::new(0);
 
-/// True when a missing interpreter, right or tool must fail the test instead of skipping it.
+/// True when a missing interpreter or tool must fail the test instead of skipping it.
 pub fn everything_required() -> bool {
     std::env::var_os("HEAPTAP_REQUIRE_PYTHONS").is_some_and(|value| !value.is_empty() && value != "0")
 }
 
-/// Says loudly that something was not tested, and counts it. Panics when `HEAPTAP_REQUIRE_PYTHONS` is set.
+/// Says loudly that something which could be installed is not there. Panics when `HEAPTAP_REQUIRE_PYTHONS` is set.
+pub fn missing(what: &str) {
+    assert!(!everything_required(), "HEAPTAP_REQUIRE_PYTHONS is set, and this is missing: {what}");
+    skipped(what);
+}
+
+/// Says loudly that this machine cannot show something (a kernel without 32-bit programs, say), and counts it.
 ///
 /// Written to the real stderr: the test runner swallows what `eprintln!` prints in a test that passes.
 pub fn skipped(what: &str) {
-    assert!(!everything_required(), "HEAPTAP_REQUIRE_PYTHONS is set, and this could not be tested: {what}");
     let count = SKIPPED.fetch_add(1, Ordering::Relaxed) + 1;
     let _ = writeln!(std::io::stderr(), "SKIPPED: {what} ({count} so far in this test binary)");
 }

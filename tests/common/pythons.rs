@@ -149,7 +149,7 @@ fn name_missing(found: &[Python]) {
                 || python.name.strip_prefix(expected).is_some_and(|rest| rest.starts_with('.'))
         });
         if !there {
-            super::skipped(&format!(
+            super::missing(&format!(
                 "interpreter {expected}: not on this machine (scripts/fetch-interpreters, pyenv)"
             ));
         }

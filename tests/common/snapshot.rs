@@ -63,6 +63,16 @@ impl Snapshot {
         }
     }
 
+    /// Where executable memory was not what its file holds; for a process there is no earlier look at.
+    pub fn changed_text(&self) -> &[String] {
+        &self.changed_text
+    }
+
+    /// True when no thread had a tracer.
+    pub fn is_untraced(&self) -> bool {
+        self.threads.values().all(|thread| thread["TracerPid"] == "0")
+    }
+
     /// Everything that differs now and that a visitor may have done. Empty means: no trace.
     pub fn differences(&self, pid: i32) -> Vec<String> {
         let now = self.take_when_settled(pid);
