@@ -5,6 +5,8 @@
 use crate::capture::CaptureError;
 use crate::cli::stacks::StacksError;
 use crate::cli::{EXIT_FAILED as FAILED, EXIT_REFUSED as REFUSED};
+use crate::cpython::LocateError;
+use crate::image::ImageError;
 use crate::inferior::error::AttachError;
 use crate::probe::error::ProbeError;
 use crate::recorder::RecordError;
@@ -93,7 +95,6 @@ fn record_exit_code(error: &RecordError) -> u8 {
         RecordError::Attach(AttachError::Trace(_)) | RecordError::Trace(_) | RecordError::Capture(_) => {
             FAILED
         }
-        RecordError::Attach(AttachError::NoProcess { .. } | AttachError::Unstoppable { .. }) => FAILED,
         RecordError::Probe(ProbeError::Trace(_) | ProbeError::Read(_) | ProbeError::NotRestored { .. }) => {
             FAILED
         }
@@ -115,9 +116,21 @@ fn record_hint(error: &RecordError) -> Option<String> {
         RecordError::Layout(_) => {
             Some("the layout does not fit this build; report it with the output of `heaptap doctor`".into())
         }
-        RecordError::Image(_)
-        | RecordError::Locate(_)
-        | RecordError::NotRecordable { .. }
+        RecordError::Locate(LocateError::NoPython { .. }) => Some(
+            "give the pid of the Python process itself: `pgrep -af python` lists them (a launcher or supervisor \
+             starts it as a child)"
+                .into(),
+        ),
+        RecordError::Locate(LocateError::NotInitialized { .. }) => Some("try again in a moment".into()),
+        RecordError::Locate(LocateError::Layout(_)) => {
+            Some("`heaptap doctor --pid PID` shows what was found; report it as a build to be supported".into())
+        }
+        RecordError::Locate(_) => Some("run the program with a CPython 3.8 to 3.15".into()),
+        RecordError::Image(ImageError::Architecture { .. }) => {
+            Some("heaptap records 64-bit x86-64 processes on machines of that kind".into())
+        }
+        RecordError::Image(_) => Some("`heaptap doctor --pid PID` shows what was found".into()),
+        RecordError::NotRecordable { .. }
         | RecordError::Trace(_)
         | RecordError::Fact(_)
         | RecordError::Read(_) => None,

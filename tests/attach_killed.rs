@@ -37,7 +37,6 @@ fn assert_right(target: &mut Target, last: &mut u64) {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn killing_the_recorder_at_any_instant_spares_the_target() {
     for_each_python(one_of_each_linking, |python| {
         let mut target = Target::start(python, "verifying.py");
@@ -72,7 +71,6 @@ fn killing_the_recorder_at_any_instant_spares_the_target() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn a_recorder_comes_back_after_one_that_was_killed() {
     for_each_python(one_of_each_linking, |python| {
         let mut target = Target::start(python, "libc_blocks.py");

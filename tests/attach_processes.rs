@@ -24,7 +24,6 @@ fn state(pid: i32) -> char {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn signals_at_a_kilohertz_arrive_exactly_once() {
     for_each_python(a_few, |python| {
         let mut target = Target::start(python, "signals.py");
@@ -41,7 +40,6 @@ fn signals_at_a_kilohertz_arrive_exactly_once() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn threads_blocked_in_system_calls_stay_blocked() {
     for_each_python(a_few, |python| {
         let mut target = Target::start(python, "blocked.py");
@@ -67,7 +65,6 @@ fn threads_blocked_in_system_calls_stay_blocked() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn a_sleep_lasts_as_long_as_it_was_asked_to() {
     for_each_python(a_few, |python| {
         let mut target = Target::builder(python, "blocked.py").env("HEAPTAP_FIXTURE_SECONDS", "5").start();
@@ -83,7 +80,6 @@ fn a_sleep_lasts_as_long_as_it_was_asked_to() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn a_stopped_process_is_recorded_and_stays_stopped() {
     for_each_python(a_few, |python| {
         let mut target = Target::start(python, "libc_blocks.py");
@@ -101,7 +97,6 @@ fn a_stopped_process_is_recorded_and_stays_stopped() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn a_stop_and_a_continue_in_the_middle_work_as_ever() {
     for_each_python(a_few, |python| {
         let mut target = Target::start(python, "libc_blocks.py");
@@ -130,7 +125,6 @@ fn wait_until(done: impl Fn() -> bool, what: &str) {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn programs_started_by_the_target_run_untouched() {
     for_each_python(Python::records_promised, |python| {
         let mut target = Target::start(python, "spawning.py");
@@ -145,7 +139,6 @@ fn programs_started_by_the_target_run_untouched() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn exec_ends_the_recording_and_spares_the_new_program() {
     for_each_python(Python::records_promised, |python| {
         let mut target = Target::start(python, "replacing.py");
@@ -163,7 +156,6 @@ fn exec_ends_the_recording_and_spares_the_new_program() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn every_way_to_end_is_passed_on_and_closes_the_capture() {
     for_each_python(a_few, |python| {
         for (how, code, signal) in [
@@ -190,7 +182,6 @@ fn every_way_to_end_is_passed_on_and_closes_the_capture() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn an_application_that_uses_sigtrap_keeps_it() {
     for_each_python(a_few, |python| {
         for how in ["handled", "blocked", "ignored"] {

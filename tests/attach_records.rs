@@ -25,80 +25,67 @@ fn on_all(program: &str, arguments: &[&str]) {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn blocks_of_the_c_library() {
     on_all("libc_blocks.py", &[]);
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn aligned_blocks() {
     on_all("libc_aligned.py", &[]);
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn mappings_whole_moved_and_partly_given_back() {
     on_all("mappings.py", &[]);
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn failed_requests_are_no_records() {
     on_all("failing.py", &[]);
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn blocks_from_before_the_attach_are_called_unknown() {
     on_all("before_attach.py", &[]);
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn the_high_water_mark() {
     on_all("high_water.py", &[]);
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn every_shape_of_python_frame() {
     on_all("call_shapes.py", &[]);
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn threads_with_and_without_a_python_state() {
     on_all("threads.py", &[]);
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn two_hundred_threads_being_born_and_dying() {
     on_all("thread_churn.py", &[]);
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn large_python_objects() {
     on_all("large_objects.py", &[]);
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn small_python_objects() {
     on_all("small_objects.py", &["--python-allocators"]);
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn forks_are_not_followed_and_not_harmed() {
     on_all("forking.py", &[]);
 }
 
 /// The preloaded allocator answers instead of libc; only interpreters of this machine can load this machine's file.
 #[test]
-#[ignore = "needs the attach verb"]
 fn a_preloaded_allocator() {
     for library in ["libjemalloc.so.2", "libtcmalloc_minimal.so.4"] {
         let path = common::pythons::cache().join("allocators").join(library);
@@ -125,7 +112,6 @@ fn a_preloaded_allocator() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn a_second_recording_after_the_first() {
     for_each_python(Python::records_promised, |python| {
         let mut target = Target::start(python, "libc_blocks.py");

@@ -66,7 +66,6 @@ fn wait_for_state(pid: i32, wanted: char) {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn a_pid_that_is_gone() {
     let mut child = Command::new("true").spawn().unwrap();
     let pid = i32::try_from(child.id()).unwrap();
@@ -75,7 +74,6 @@ fn a_pid_that_is_gone() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn a_zombie() {
     let child = Reaped::spawn(&mut Command::new("true")).unwrap();
     wait_for_state(child.pid(), 'Z');
@@ -83,7 +81,6 @@ fn a_zombie() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn a_kernel_thread() {
     if fs::read_to_string("/proc/2/comm").unwrap_or_default().trim() != "kthreadd" {
         return common::skipped("attaching to a kernel thread: none is visible here");
@@ -92,7 +89,6 @@ fn a_kernel_thread() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn a_process_without_python() {
     let child = Reaped::spawn(Command::new("sleep").arg("60")).unwrap();
     let before = Snapshot::take(child.pid());
@@ -101,7 +97,6 @@ fn a_process_without_python() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn a_python_that_is_too_old() {
     let pyenv =
         std::env::var("PYENV_ROOT").unwrap_or_else(|_| format!("{}/.pyenv", std::env::var("HOME").unwrap()));
@@ -158,7 +153,6 @@ fn elf32() -> Vec<u8> {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn a_process_of_32_bits() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("thirty-two");
@@ -177,7 +171,6 @@ fn a_process_of_32_bits() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn a_process_that_is_already_traced() {
     let mut target = Target::start(&common::pythons()[0], "libc_blocks.py");
     let recording = Recording::attach(&target, &[]);
@@ -188,7 +181,6 @@ fn a_process_that_is_already_traced() {
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn a_process_of_another_user() {
     if !nix::unistd::Uid::effective().is_root() {
         return common::skipped("attaching without rights: the test must be root to become somebody without");

@@ -138,7 +138,6 @@ fn differing<K: Ord + std::fmt::Debug, V: PartialEq + std::fmt::Debug>(
 }
 
 #[test]
-#[ignore = "needs the attach verb"]
 fn heaptap_and_memray_agree() {
     for_each_python(compared, |python| {
         let venv = match prepare(python) {

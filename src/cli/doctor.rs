@@ -163,5 +163,5 @@ fn check(examined: &Examined) -> Result<(), RecordError> {
     if examined.stale.is_empty() {
         check_entries(&ProcessMemory::new(examined.pid), &examined.plan)?;
     }
-    Ok(facts::check_permitted(examined.pid)?)
+    Ok(())
 }

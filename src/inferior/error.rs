@@ -7,7 +7,7 @@ use nix::errno::Errno;
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// There is no such process.
-    #[error("no process {pid}")]
+    #[error("no such process: {pid}")]
     NoProcess {
         /// The pid asked for.
         pid: i32,

@@ -60,6 +60,7 @@ pub fn check_attachable(pid: i32) -> Result<(), AttachError> {
     }
     let process = match Process::new(pid) {
         Ok(process) => process,
+        // Also where /proc is mounted with hidepid.
         Err(ProcError::PermissionDenied(_)) => return Err(not_permitted(pid)),
         Err(_) => return Err(AttachError::NoProcess { pid }),
     };
@@ -78,7 +79,7 @@ pub fn check_attachable(pid: i32) -> Result<(), AttachError> {
     if status.tracerpid != 0 {
         return Err(already_traced(pid, status.tracerpid));
     }
-    Ok(())
+    check_permitted(pid)
 }
 
 pub(super) fn already_traced(pid: i32, tracer: i32) -> AttachError {
