@@ -91,6 +91,7 @@ fn a_kernel_thread() {
 #[test]
 fn a_process_without_python() {
     let child = Reaped::spawn(Command::new("sleep").arg("60")).unwrap();
+    wait_for_state(child.pid(), 'S');
     let before = Snapshot::take(child.pid());
     assert_refused(&attach(child.pid()), &["python"]);
     assert!(before.differences(child.pid()).is_empty());
