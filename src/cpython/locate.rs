@@ -231,14 +231,16 @@ fn find_version(
         }
     }
     let literals = version_literals(memory, runtime.binary);
-    match literals.as_slice() {
-        [version] => Ok((*version, "version literal in the file".to_owned())),
-        _ => Err(LocateError::VersionUnknown {
-            binary: runtime.binary.path(),
-            runtime: runtime.at,
-            tried: format!("no _Py_DebugOffsets, no Py_Version, no sys.hexversion; literals: {literals:?}"),
-        }),
+    if let [version] = literals.as_slice() {
+        return Ok((*version, "version literal in the file".to_owned()));
     }
+    let literals: Vec<_> = literals.iter().map(PythonVersion::to_string).collect();
+    let literals = literals.join(", ");
+    Err(LocateError::VersionUnknown {
+        binary: runtime.binary.path(),
+        runtime: runtime.at,
+        tried: format!("no _Py_DebugOffsets, no Py_Version, no sys.hexversion; literals: [{literals}]"),
+    })
 }
 
 fn hexversion(memory: &dyn RemoteMemory, layout: &Layout, runtime: RemoteAddr) -> Option<PythonVersion> {
@@ -263,7 +265,8 @@ fn version_literals(memory: &dyn RemoteMemory, binary: &dyn Binary) -> Vec<Pytho
                 .count();
             let Ok(text) = std::str::from_utf8(&word[word.len() - digits..]) else { continue };
             if let Some(version) = PythonVersion::parse(text)
-                && (version.major == 3 && version.minor <= 10 || version.major == 2 && version.minor == 7)
+                && (version.major == 3 && (6..=10).contains(&version.minor)
+                    || version.major == 2 && version.minor == 7)
                 && !found.contains(&version)
             {
                 found.push(version);

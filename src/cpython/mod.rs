@@ -4,6 +4,7 @@
 //! everything that stays constant, once; [`Python::thread_state_of`], [`Python::walk`] and [`CodeTable::resolve`] are the
 //! three steps of every stack.
 
+pub mod allocators;
 pub mod binary;
 pub mod code;
 mod disasm;
@@ -19,6 +20,7 @@ pub mod thread_state;
 pub mod threads;
 pub mod version;
 
+pub use allocators::{AllocatorTable, AllocatorsError, Domain};
 pub use binary::{Binary, Span};
 pub use code::{CodeTable, Location};
 pub use frame::{RawFrame, Walk, WalkError};
@@ -126,6 +128,15 @@ impl Python {
         max_depth: usize,
     ) -> Result<Walk, WalkError> {
         frame::walk(memory, &self.layout, tstate, out, max_depth)
+    }
+
+    /// The allocator tables of the three domains, raw, mem, object. `binaries` as for [`Python::locate`].
+    pub fn allocators(
+        &self,
+        memory: &dyn RemoteMemory,
+        binaries: &[&dyn Binary],
+    ) -> Result<[AllocatorTable; 3], AllocatorsError> {
+        allocators::find(memory, binaries, self)
     }
 
     /// An empty table of this process's code objects.

@@ -74,7 +74,7 @@ impl<'a> Objects<'a> {
     pub fn dict_items(&self, dict: RemoteAddr) -> Result<Vec<(RemoteAddr, RemoteAddr)>, ObjectError> {
         let keys = self.memory.read_ptr(dict.offset(self.layout.dict_object.ma_keys))?;
         let values = self.memory.read_ptr(dict.offset(self.layout.dict_object.ma_values))?;
-        let split = (!values.is_null()).then(|| values.offset(self.layout.dict_values.values.unwrap_or(0)));
+        let split = (!values.is_null()).then(|| values.offset(self.layout.first_value()));
         self.items_of(dict, keys, split)
     }
 
@@ -170,7 +170,7 @@ impl<'a> Objects<'a> {
         if keys.is_null() {
             return Ok(None);
         }
-        let first = values.offset(self.layout.dict_values.values.unwrap_or(0));
+        let first = values.offset(self.layout.first_value());
         Ok(self.find(&self.items_of(object, keys, Some(first))?, name))
     }
 

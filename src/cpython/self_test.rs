@@ -6,6 +6,8 @@
 use super::Python;
 use super::code::{CodeTable, Location};
 use super::layout::LayoutError;
+use super::thread_state::OwnState;
+use super::threads::PyThread;
 use super::{frame, thread_state};
 use crate::memory::RemoteMemory;
 
@@ -47,6 +49,7 @@ pub fn run(python: &Python, memory: &dyn RemoteMemory, tids: &[i32]) -> Result<S
     if threads.is_empty() {
         return Err(wrong("it has no thread states".into()));
     }
+    own_states(python, memory, &threads).map_err(wrong)?;
     let mut codes = python.code_table();
     let mut report = SelfTest { threads: 0, frames: 0, sample: None };
     let (mut deepest, mut known_tid) = (0, false);
@@ -91,6 +94,20 @@ pub fn run(python: &Python, memory: &dyn RemoteMemory, tids: &[i32]) -> Result<S
         )));
     }
     Ok(report)
+}
+
+/// The thread pointer of a thread is in its state, so its slot can be tried from outside: a wrong key would give every thread an
+/// empty stack. (Not every slot must hold its state: a sub-interpreter's threads share one with the main interpreter's.)
+fn own_states(python: &Python, memory: &dyn RemoteMemory, threads: &[PyThread]) -> Result<(), String> {
+    if python.own_state == OwnState::Lists {
+        return Ok(());
+    }
+    let bound: Vec<_> = threads.iter().filter(|t| t.ident != 0).collect();
+    let right = |t: &&PyThread| python.own_state.read(memory, t.ident) == Ok(t.tstate);
+    if bound.is_empty() || bound.iter().any(right) {
+        return Ok(());
+    }
+    Err(format!("no thread's own state is where it should be ({:?})", python.own_state))
 }
 
 fn describe(error: &dyn std::error::Error) -> String {

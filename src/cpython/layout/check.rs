@@ -83,6 +83,42 @@ const FIELDS: &[(&str, &[(&str, u64)])] = &[
     ("dict_object", &[("ma_keys", 8), ("ma_values", 8)]),
 ];
 
+/// Names that a file may state besides [`FIELDS`].
+const OTHERS: &[(&str, &[&str])] = &[
+    ("gil_runtime_state", &["last_holder", "locked"]),
+    ("cframe", &["current_frame"]),
+    ("code_object", &["co_code"]),
+    (
+        "unicode_object",
+        &[
+            "asciiobject_size",
+            "compactunicodeobject_size",
+            "state_kind_bit",
+            "state_compact_bit",
+            "state_ascii_bit",
+        ],
+    ),
+    ("long_object", &["ob_size", "lv_tag", "ob_digit"]),
+    (
+        "dict_keys",
+        &["dk_size", "dk_log2_size", "dk_log2_index_bytes", "dk_kind", "dk_nentries", "dk_indices"],
+    ),
+    ("dict_values", &["values"]),
+    ("module_object", &["md_dict"]),
+];
+
+/// The first name in a file's tables that nothing knows: a misspelt field must not pass for an absent one.
+pub fn unknown_name(tables: &Tables) -> Option<String> {
+    let known = |table: &str, key: &str| {
+        let field = FIELDS
+            .iter()
+            .any(|(t, keys)| *t == table && (key == "size" || keys.iter().any(|(k, _)| *k == key)));
+        field || OTHERS.iter().any(|(t, keys)| *t == table && (key == "size" || keys.contains(&key)))
+    };
+    let mut names = tables.iter().flat_map(|(table, keys)| keys.keys().map(move |key| (table, key)));
+    names.find(|(table, key)| !known(table, key)).map(|(table, key)| format!("{table}.{key}"))
+}
+
 /// Fails with the first field that lies outside its structure, overlaps another, or is missing though the layout's
 /// meaning requires it.
 pub fn shape(layout: &Layout, tables: &Tables, version: PythonVersion) -> Result<(), LayoutError> {

@@ -77,8 +77,8 @@ struct Raw {
     meaning: Meaning,
     debug_offsets: Option<DebugOffsetsShape>,
     measured: Vec<Measured>,
-    // What is left must be tables of unsigned integers: a misspelt key above ends up here and fails to parse, a misspelt
-    // table or field fails `build` for want of the right one, or `check::unknown_names`.
+    // What is left must be tables of unsigned integers: a misspelt key above ends up here and fails to parse; misspelt
+    // tables and fields are `check::unknown_name`'s.
     #[serde(flatten)]
     tables: BTreeMap<String, BTreeMap<String, u64>>,
 }
@@ -99,6 +99,9 @@ impl LayoutFile {
             .ok_or_else(|| wrong(format!("patches = {:?} is not FIRST..=LAST", raw.patches)))?;
         if raw.measured.is_empty() {
             return Err(wrong("nothing under [[measured]]".into()));
+        }
+        if let Some(name) = super::check::unknown_name(&raw.tables) {
+            return Err(wrong(format!("{name} is no field that is known")));
         }
         Ok(Self {
             name: name.to_owned(),
@@ -153,7 +156,7 @@ impl LayoutFile {
             long_object: read.table("long_object")?,
             dict_object: read.table("dict_object")?,
             dict_keys: read.table("dict_keys")?,
-            dict_values: read.table("dict_values")?,
+            dict_values: read.optional("dict_values")?,
             module_object: read.table("module_object")?,
             unmeasured,
             source: source.clone(),
@@ -188,5 +191,66 @@ impl Reader<'_> {
 
     fn wrong(&self, what: String) -> LayoutError {
         LayoutError::Shape { source_name: self.source.to_owned(), version: self.version, what }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::catalog;
+    use super::*;
+
+    fn text() -> &'static str {
+        catalog::FILES.iter().find(|(name, _)| *name == "3.11.toml").unwrap().1
+    }
+
+    fn build(text: &str) -> Result<Layout, LayoutError> {
+        LayoutFile::parse("test.toml", text)?.build(PythonVersion::parse("3.11.7").unwrap(), None)
+    }
+
+    /// `text` with its first `from` replaced; the replacement must happen.
+    fn with(from: &str, to: &str) -> String {
+        assert!(text().contains(from), "{from:?} is not in the file");
+        text().replacen(from, to, 1)
+    }
+
+    #[test]
+    fn the_file_itself_is_fine() {
+        assert_eq!(build(text()).unwrap().thread_state.thread_id, 152);
+    }
+
+    #[test]
+    fn wrong_files_are_errors_that_say_what() {
+        let cases = [
+            (with("schema = 1", "schema = 2"), "schema 2"),
+            (with("patches = \"", "patches = \"x"), "FIRST..=LAST"),
+            (with("thread_id = 152", "thread_id = -152"), "-152"),
+            (with("thread_id = 152", "thread_id = 152\nthread_id = 152"), "duplicate"),
+            (with("thread_id = 152", "thread_idd = 152"), "thread_state.thread_idd"),
+            (with("thread_id = 152", ""), "thread_id"),
+            (with("thread_id = 152", "thread_id = 153"), "not aligned"),
+            (with("thread_id = 152", "thread_id = 160"), "overlaps"),
+            (with("thread_id = 152", "thread_id = 360"), "outside"),
+            (with("frame_chain = \"cframe\"", "frame_chain = \"chain\""), "chain"),
+            (
+                with("frame_chain = \"cframe\"", "frame_chain = \"current-frame\""),
+                "thread_state.current_frame is missing",
+            ),
+            (with("[cframe]\ncurrent_frame = 8", ""), "cframe is missing"),
+            (with("co_code_adaptive = 184", ""), "co_code_adaptive is missing"),
+            (with("flavour =", "flavor ="), "flavo"),
+        ];
+        for (text, expected) in cases {
+            let error = build(&text).expect_err(expected).to_string();
+            assert!(error.contains(expected), "{expected:?} is not in: {error}");
+        }
+    }
+
+    #[test]
+    fn a_patch_release_that_was_not_measured_is_marked_or_refused() {
+        let version = PythonVersion::parse("3.11.200").unwrap();
+        let file = |text: &str| LayoutFile::parse("test.toml", text).unwrap();
+        assert!(file(text()).build(version, None).unwrap().unmeasured.is_some());
+        let refusing = with("beyond = \"check\"", "beyond = \"refuse\"");
+        assert!(matches!(file(&refusing).build(version, None), Err(LayoutError::Unknown { .. })));
     }
 }

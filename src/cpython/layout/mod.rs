@@ -127,9 +127,16 @@ pub struct Layout {
     /// Keys of a dict.
     pub dict_keys: DictKeys,
     /// Values of a split dict.
-    pub dict_values: DictValues,
+    pub dict_values: Option<DictValues>,
     /// Modules.
     pub module_object: ModuleObject,
+}
+
+impl Layout {
+    /// Offset of the first value behind a dict's or an instance's pointer to values.
+    pub fn first_value(&self) -> u64 {
+        self.dict_values.map_or(0, |v| v.values)
+    }
 }
 
 /// A layout that could not be had, or that failed a check.

@@ -258,10 +258,10 @@ table! {
 }
 
 table! {
-    /// `PyDictValues`.
+    /// `PyDictValues` (3.11+; before, a bare array).
     DictValues {
-        /// First value (absent: 0, an array of pointers).
-        values: Option<u64>,
+        /// First value.
+        values: u64,
     }
 }
 
