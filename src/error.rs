@@ -103,6 +103,7 @@ fn record_exit_code(error: &RecordError) -> u8 {
         | RecordError::Image(_)
         | RecordError::Locate(_)
         | RecordError::Layout(_)
+        | RecordError::Allocators(_)
         | RecordError::NotRecordable { .. }
         | RecordError::Probe(_) => REFUSED,
     }
@@ -130,6 +131,7 @@ fn record_hint(error: &RecordError) -> Option<String> {
             Some("heaptap records 64-bit x86-64 processes on machines of that kind".into())
         }
         RecordError::Image(_) => Some("`heaptap doctor --pid PID` shows what was found".into()),
+        RecordError::Allocators(_) => Some("record without --python-allocators".into()),
         RecordError::NotRecordable { .. }
         | RecordError::Trace(_)
         | RecordError::Fact(_)

@@ -146,7 +146,8 @@ impl Calls {
     /// Whether the thread, with this stack pointer at an entry, is inside a call that counts.
     fn is_inside(&mut self, tid: i32, rsp: u64, memory: &dyn RemoteMemory) -> bool {
         let Some(call) = self.pending.get(&tid) else { return false };
-        let inside = rsp < call.slot.0 && still_there(&self.thunks[call.thunk], call.slot, memory);
+        // Equal in a tail call: the function entered returns to our thunk itself.
+        let inside = rsp <= call.slot.0 && still_there(&self.thunks[call.thunk], call.slot, memory);
         if !inside {
             self.pending.remove(&tid);
         }
@@ -264,6 +265,15 @@ mod tests {
         assert_eq!(hit, Hit { goes_on: Some(RemoteAddr(0x1100)), observation: Observation::Nothing });
         let hit = calls.hit(1, Trap::Return(2), &at(rsp - 8, 0, 0, 0x60), &memory);
         assert!(matches!(hit.observation, Observation::Ended { function: Function::Realloc, .. }));
+    }
+
+    #[test]
+    fn a_call_made_as_the_last_act_of_another_is_inside_it() {
+        let (mut calls, rsp) = (calls(), STACK + 0x800);
+        let memory = stack(rsp - 16, 0x3300);
+        calls.hit(1, Trap::Entry(2), &at(rsp, 0x50, 99, 0), &memory);
+        let hit = calls.hit(1, Trap::Entry(0), &at(rsp - 16, 99, 0, 0), &memory);
+        assert_eq!(hit, Hit { goes_on: Some(RemoteAddr(0x1100)), observation: Observation::Nothing });
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use super::RecordError;
 use crate::addr::RemoteAddr;
-//ALLOC use crate::cpython::allocators::{Table, TableWords};
+use crate::cpython::allocators;
 use crate::cpython::{Flavour, Python};
 use crate::image::libc::{Libc, LibcKind, libc_of};
 use crate::image::{Module, modules};
@@ -11,6 +11,7 @@ use crate::inferior::memory::ProcessMemory;
 use crate::inferior::{facts, maps};
 use crate::mapping::Mapping;
 use crate::probe::error::ProbeError;
+use crate::probe::function::{Domain, Member};
 use crate::probe::plan::{Definitions, Plan, TableWord, plan};
 use crate::probe::stale::{self, Stale};
 use crate::python_binary::binaries;
@@ -90,31 +91,34 @@ pub fn examine(pid: i32, python_allocators: bool) -> Result<Examined, RecordErro
     Ok(Examined { pid, maps, modules, libc, python, plan, stale, sigtrap, seccomp })
 }
 
-/*ALLOC
 fn table_words(
     python: &Python,
     memory: &ProcessMemory,
     modules: &[Module],
 ) -> Result<Vec<TableWord>, RecordError> {
-    let tables = python.allocator_tables(memory, &binaries(modules))?;
-    let domains = [(Domain::Raw, &tables.raw), (Domain::Mem, &tables.mem), (Domain::Object, &tables.obj)];
-    Ok(domains.into_iter().flat_map(|(domain, table)| words_of(domain, table)).collect())
+    let tables = allocators::find(memory, &binaries(modules), python)?;
+    Ok(tables.iter().flat_map(words_of).collect())
 }
 
-fn words_of(domain: Domain, table: &Table) -> [TableWord; 4] {
-    let TableWords { malloc, calloc, realloc, free, .. } = table.words;
-    let word = |member, offset, value| TableWord { domain, member, word: table.addr.offset(offset), value };
+/// The four functions of a table; its first word is their context.
+fn words_of(table: &allocators::AllocatorTable) -> [TableWord; 4] {
+    let domain = match table.domain {
+        allocators::Domain::Raw => Domain::Raw,
+        allocators::Domain::Mem => Domain::Mem,
+        allocators::Domain::Object => Domain::Object,
+    };
+    let word = |member, index: u64, value| TableWord {
+        domain,
+        member,
+        word: table.address.offset(8 * index),
+        value,
+    };
     [
-        word(Member::Malloc, 8, malloc),
-        word(Member::Calloc, 16, calloc),
-        word(Member::Realloc, 24, realloc),
-        word(Member::Free, 32, free),
+        word(Member::Malloc, 1, table.malloc),
+        word(Member::Calloc, 2, table.calloc),
+        word(Member::Realloc, 3, table.realloc),
+        word(Member::Free, 4, table.free),
     ]
-}
-
-ALLOC*/
-fn table_words(_: &Python, _: &ProcessMemory, _: &[Module]) -> Result<Vec<TableWord>, RecordError> {
-    Ok(vec![])
 }
 
 /// How the application uses SIGTRAP: then an int3 would change what it sees, or the kernel would reset what it set.

@@ -12,6 +12,7 @@ pub mod thread_names;
 pub mod trap;
 
 use crate::capture::CaptureError;
+use crate::cpython::allocators::AllocatorsError;
 use crate::cpython::{LayoutError, LocateError};
 use crate::image::ImageError;
 use crate::inferior::error::{AttachError, TraceError};
@@ -31,6 +32,9 @@ pub enum RecordError {
     /// No supported CPython is in it.
     #[error(transparent)]
     Locate(#[from] LocateError),
+    /// CPython's allocator tables can't be found.
+    #[error(transparent)]
+    Allocators(#[from] AllocatorsError),
     /// The layout does not fit it.
     #[error(transparent)]
     Layout(#[from] LayoutError),
