@@ -2,6 +2,7 @@
 //! and lets go without a trace.
 
 pub mod addr;
+pub mod analysis;
 pub mod capture;
 pub mod inferior;
 pub mod memory;
