@@ -6,3 +6,4 @@ pub mod analysis;
 pub mod capture;
 pub mod inferior;
 pub mod memory;
+pub mod report;
