@@ -4,6 +4,8 @@
 pub mod addr;
 pub mod analysis;
 pub mod capture;
+pub mod cli;
+pub mod error;
 pub mod inferior;
 pub mod memory;
 pub mod report;

@@ -16,5 +16,5 @@ pub use functions::{FunctionRow, functions};
 pub use high_water_mark::HighWaterMark;
 pub use replay::{Findings, Missing, Replay, View, analyse};
 pub use site::{Site, SiteTotals, Totals};
-pub use statistics::{AllocatorTotals, LocationTotals, SizeBin, Statistics};
+pub use statistics::{AllocatorTotals, LocationTotals, SizeBin, Statistics, locations};
 pub use temporary::Temporary;

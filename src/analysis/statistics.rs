@@ -1,6 +1,6 @@
 //! [`Statistics`]: how much was allocated, by what, in which sizes, where, live or not.
 
-use super::site::Totals;
+use super::site::{SiteTotals, Totals};
 use crate::capture::{Allocation, AllocatorKind, FrameId, StackId, StackTable};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
@@ -100,17 +100,26 @@ impl Statistics {
 
     /// The innermost frames of all allocations, in no order.
     pub fn locations(&self, stacks: &StackTable) -> Vec<LocationTotals> {
-        let mut sums: HashMap<Option<FrameId>, Totals, RandomState> = HashMap::default();
-        for (stack, totals) in &self.by_stack {
-            sums.entry(stacks.node(*stack).map(|(frame, _)| frame)).or_default().add(*totals);
-        }
-        sums.into_iter().map(|(frame, totals)| LocationTotals { frame, totals }).collect()
+        by_location(self.by_stack.iter().map(|(stack, totals)| (*stack, *totals)), stacks)
     }
 
     /// Distinct stacks that allocated.
     pub fn distinct_stacks(&self) -> usize {
         self.by_stack.len()
     }
+}
+
+/// The innermost frames of `sites`, in no order.
+pub fn locations(sites: &[SiteTotals], stacks: &StackTable) -> Vec<LocationTotals> {
+    by_location(sites.iter().map(|row| (row.site.stack, row.totals)), stacks)
+}
+
+fn by_location(parts: impl Iterator<Item = (StackId, Totals)>, stacks: &StackTable) -> Vec<LocationTotals> {
+    let mut sums: HashMap<Option<FrameId>, Totals, RandomState> = HashMap::default();
+    for (stack, totals) in parts {
+        sums.entry(stacks.node(stack).map(|(frame, _)| frame)).or_default().add(totals);
+    }
+    sums.into_iter().map(|(frame, totals)| LocationTotals { frame, totals }).collect()
 }
 
 #[cfg(test)]

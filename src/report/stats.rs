@@ -1,17 +1,18 @@
 //! `stats`: how much was allocated over the whole run, in which sizes, by what and where.
 
-use super::facts::{Facts, write_run};
+use super::facts::{Facts, total, view_text, write_run};
 use super::names::{Location, location, place};
 use super::text::{counted, duration, fitted, number, share, size};
 use super::{Format, Report, ReportError, limited, write_json};
-use crate::analysis::{Findings, LocationTotals};
+use crate::analysis::{Findings, LocationTotals, View, locations};
 use serde::Serialize;
 use std::io::{self, Write};
 
 /// The widest bar of the histogram, in characters.
 const BAR: u64 = 40;
 
-/// The report. It is about all allocations, whatever the view.
+/// The report. Its totals are of all allocations; its locations too, unless leaks or temporary
+/// allocations are asked for.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stats {
     /// How many locations; 0 for all.
@@ -35,6 +36,8 @@ struct Document<'a> {
     live_blocks_at_end: u64,
     size_histogram: Vec<Bin>,
     allocators: Vec<Allocator>,
+    /// What the locations are of.
+    locations_of: &'static str,
     top_locations_by_size: Vec<Row<'a>>,
     top_locations_by_count: Vec<Row<'a>>,
 }
@@ -63,7 +66,14 @@ struct Row<'a> {
 
 impl Report for Stats {
     fn write(&self, findings: &Findings, format: Format, out: &mut dyn Write) -> Result<(), ReportError> {
-        let mut by_size = findings.statistics.locations(&findings.stacks);
+        let (mut by_size, whole) = match findings.view {
+            View::HighWaterMark => {
+                (findings.statistics.locations(&findings.stacks), findings.statistics.allocated)
+            }
+            View::Leaks | View::Temporary(_) => {
+                (locations(&findings.sites, &findings.stacks), total(findings))
+            }
+        };
         by_size.sort_by(|a, b| b.totals.cmp(&a.totals).then(a.frame.cmp(&b.frame)));
         let mut by_count = by_size.clone();
         by_count.sort_by_key(|row| std::cmp::Reverse((row.totals.count, row.totals.bytes)));
@@ -75,7 +85,11 @@ impl Report for Stats {
             write_totals(findings, out)?;
             write_histogram(findings, out)?;
             write_allocators(findings, out)?;
-            let whole = findings.statistics.allocated;
+            let of = match findings.view {
+                View::HighWaterMark => "Of all allocations".to_owned(),
+                View::Leaks | View::Temporary(_) => view_text(findings),
+            };
+            writeln!(out, "\n{of}: {} in {}", size(whole.bytes), counted(whole.count, "allocation"))?;
             writeln!(out, "\nTop locations by size")?;
             for row in by_size {
                 let share = share(row.totals.bytes, whole.bytes);
@@ -130,6 +144,11 @@ fn document<'a>(
                 bytes: row.totals.bytes,
             })
             .collect(),
+        locations_of: match findings.view {
+            View::HighWaterMark => "all_allocations",
+            View::Leaks => "leaks",
+            View::Temporary(_) => "temporary",
+        },
         top_locations_by_size: rows(by_size),
         top_locations_by_count: rows(by_count),
     }
