@@ -4,13 +4,36 @@
 
 use crate::capture::CaptureError;
 use crate::cli::stacks::StacksError;
-use crate::cli::{EXIT_FAILED as FAILED, EXIT_REFUSED as REFUSED};
 use crate::cpython::LocateError;
 use crate::image::ImageError;
 use crate::inferior::error::AttachError;
 use crate::probe::error::ProbeError;
 use crate::recorder::RecordError;
+use crate::report::ReportError;
+use crate::report::dump::DumpError;
+use std::io;
 use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Exit codes: 0 done, 1 failed, 2 usage (clap's), 3 the target was refused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Exit {
+    /// All is done.
+    Done = 0,
+    /// Something failed.
+    Failed = 1,
+    /// The command line makes no sense.
+    Usage = 2,
+    /// The target can't be worked with; nothing was written into it.
+    Refused = 3,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        ExitCode::from(exit as u8)
+    }
+}
 
 /// Anything that ends a verb.
 #[derive(Debug, thiserror::Error)]
@@ -32,24 +55,30 @@ pub enum Error {
     /// The stacks can't be shown.
     #[error(transparent)]
     Stacks(#[from] StacksError),
-    /// A file other than a capture can't be written.
+    /// A report could not be made.
+    #[error(transparent)]
+    Report(#[from] ReportError),
+    /// A report's file is there already.
+    #[error("{} exists already", .0.display())]
+    OutputExists(PathBuf),
+    /// A report's file can't be written over, even with `--force`.
+    #[error("{} is not a regular file; it was left as it is", .0.display())]
+    OutputNotRegular(PathBuf),
+    /// A report's file could not be written.
     #[error("cannot write {}: {source}", path.display())]
-    Write {
+    Output {
         /// The file.
         path: PathBuf,
-        /// Why.
-        source: std::io::Error,
+        /// What the system said.
+        source: io::Error,
     },
-    /// Standard output can't be written.
-    #[error("cannot write to standard output: {0}")]
-    Output(std::io::Error),
     /// The demo's program can't be run.
     #[error("cannot run {program}: {source}")]
     Demo {
         /// The interpreter.
         program: String,
         /// Why.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// The doctor found that the process can't be attached to, and said so.
     #[error("process {pid} can't be attached to")]
@@ -61,16 +90,45 @@ pub enum Error {
 
 impl Error {
     /// What the process ends with.
-    pub fn exit_code(&self) -> u8 {
+    pub fn exit(&self) -> Exit {
         match self {
-            Self::Record(error) => record_exit_code(error),
-            Self::Stacks(error) => error.exit_code(),
-            Self::CannotAttach { .. } => REFUSED,
+            Self::Record(error) => record_exit(error),
+            Self::Stacks(error) => error.exit(),
+            Self::CannotAttach { .. } => Exit::Refused,
             Self::RecordingFailed { .. }
             | Self::Capture(_)
-            | Self::Write { .. }
-            | Self::Output(_)
-            | Self::Demo { .. } => FAILED,
+            | Self::Report(_)
+            | Self::OutputExists(_)
+            | Self::OutputNotRegular(_)
+            | Self::Output { .. }
+            | Self::Demo { .. } => Exit::Failed,
+        }
+    }
+
+    /// True if a reader of our output went away (`heaptap dump … | head`): that is no failure.
+    pub fn is_broken_pipe(&self) -> bool {
+        let source = match self {
+            Self::Report(ReportError::Write(source)) => source,
+            Self::Output { source, .. } => source,
+            _ => return false,
+        };
+        // Libraries in between wrap what they were given.
+        let mut error: &(dyn std::error::Error + 'static) = source;
+        loop {
+            if let Some(io) = error.downcast_ref::<io::Error>() {
+                if io.kind() == io::ErrorKind::BrokenPipe {
+                    return true;
+                }
+                match io.get_ref() {
+                    Some(inner) => error = inner,
+                    None => return false,
+                }
+            } else {
+                match error.source() {
+                    Some(inner) => error = inner,
+                    None => return false,
+                }
+            }
         }
     }
 
@@ -83,29 +141,34 @@ impl Error {
                 capture.display()
             )),
             Self::Capture(error) => error.hint().map(str::to_string),
-            Self::Write { .. } => Some("give a path you may write to with -o".into()),
+            Self::Report(ReportError::Nothing(_)) => {
+                Some("`heaptap stats` shows what the capture holds".into())
+            }
+            Self::OutputExists(_) => Some("give another name with -o, or --force to write over it".into()),
+            Self::OutputNotRegular(_) => Some("give the name of a file with -o, or - for stdout".into()),
+            Self::Output { .. } => Some("give a path you may write to with -o".into()),
             Self::Demo { .. } => Some("install a CPython 3.8 to 3.15, or name one with --python".into()),
-            Self::Stacks(_) | Self::Output(_) | Self::CannotAttach { .. } => None,
+            Self::Stacks(_) | Self::Report(_) | Self::CannotAttach { .. } => None,
         }
     }
 }
 
-fn record_exit_code(error: &RecordError) -> u8 {
+fn record_exit(error: &RecordError) -> Exit {
     match error {
         RecordError::Attach(AttachError::Trace(_)) | RecordError::Trace(_) | RecordError::Capture(_) => {
-            FAILED
+            Exit::Failed
         }
         RecordError::Probe(ProbeError::Trace(_) | ProbeError::Read(_) | ProbeError::NotRestored { .. }) => {
-            FAILED
+            Exit::Failed
         }
-        RecordError::Fact(_) | RecordError::Read(_) => FAILED,
+        RecordError::Fact(_) | RecordError::Read(_) => Exit::Failed,
         RecordError::Attach(_)
         | RecordError::Image(_)
         | RecordError::Locate(_)
         | RecordError::Layout(_)
         | RecordError::Allocators(_)
         | RecordError::NotRecordable { .. }
-        | RecordError::Probe(_) => REFUSED,
+        | RecordError::Probe(_) => Exit::Refused,
     }
 }
 
@@ -174,5 +237,14 @@ fn probe_hint(error: &ProbeError) -> Option<String> {
         ProbeError::Seccomp { .. } => Some("run heaptap as root (CAP_SYS_ADMIN) to suspend the filter".into()),
         ProbeError::ControllerAlive { controller, .. } => Some(format!("end it first: kill -INT {controller}")),
         _ => None,
+    }
+}
+
+impl From<DumpError> for Error {
+    fn from(error: DumpError) -> Self {
+        match error {
+            DumpError::Capture(error) => Self::Capture(error),
+            DumpError::Report(error) => Self::Report(error),
+        }
     }
 }

@@ -2,6 +2,7 @@
 //! and lets go without a trace.
 
 pub mod addr;
+pub mod analysis;
 pub mod capture;
 pub mod cli;
 pub mod cpython;
@@ -13,3 +14,4 @@ pub mod memory;
 pub mod probe;
 pub mod python_binary;
 pub mod recorder;
+pub mod report;

@@ -1,5 +1,7 @@
-//! Entry point.
+//! Entry point: everything is in the library.
 
-fn main() -> std::process::ExitCode {
-    heaptap::cli::main()
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    heaptap::cli::run()
 }

@@ -1,9 +1,10 @@
 //! `heaptap attach`: records a running process.
 
-use super::format::{bytes, count, duration, parse_duration};
+use super::parse::parse_duration;
 use crate::error::Error;
 use crate::recorder::examine::Examined;
 use crate::recorder::record::{Observer, Progress, RecordOptions, Summary, record};
+use crate::report::text::{duration, number as count, size as bytes};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{IsTerminal, Write};
@@ -16,7 +17,7 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 /// Record where a running process allocates memory
 #[derive(Debug, Args)]
 #[command(after_help = "\
-EXAMPLES
+Examples:
   Record for half a minute, then look at what was live at the peak:
     heaptap attach --pid 1234 --duration 30s -o server.heaptap
     heaptap summary server.heaptap
@@ -121,7 +122,7 @@ impl Observer for Console {
         let line = || {
             format!(
                 "{}  {} events  {} live  {} written  {} dropped",
-                duration(progress.elapsed),
+                duration(progress.elapsed.as_nanos() as u64),
                 count(progress.counters.events),
                 bytes(progress.live_bytes),
                 bytes(progress.file_bytes),
@@ -141,7 +142,12 @@ impl Observer for Console {
 
 fn print_summary(summary: &Summary, options: &RecordOptions) {
     let c = &summary.counters;
-    println!("recorded {} for {}: {}", options.pid, duration(summary.elapsed), summary.reason.text());
+    println!(
+        "recorded {} for {}: {}",
+        options.pid,
+        duration(summary.elapsed.as_nanos() as u64),
+        summary.reason.text()
+    );
     println!(
         "  {} allocations, {} frees, {} frees of blocks from before, {} drops",
         count(c.allocations),

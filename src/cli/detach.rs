@@ -1,6 +1,5 @@
 //! `heaptap detach`: removes what a killed heaptap left in a process.
 
-use super::format::bytes;
 use crate::error::Error;
 use crate::inferior::error::TraceError;
 use crate::inferior::memory::ProcessMemory;
@@ -9,6 +8,7 @@ use crate::probe::install::LeftBehind;
 use crate::probe::region::REGION_LEN;
 use crate::probe::stale::{self, Stale};
 use crate::recorder::RecordError;
+use crate::report::text::size as bytes;
 use clap::Args;
 
 /// Remove what a killed heaptap left in a process
@@ -17,7 +17,7 @@ use clap::Args;
 A heaptap that ends by itself leaves nothing. One that is killed (SIGKILL, the OOM killer) leaves its thunks
 mapped; the target's first allocation takes the breakpoints out. This verb removes the rest.
 
-EXAMPLES
+Examples:
   heaptap detach --pid 1234")]
 pub struct DetachArgs {
     /// The process to clean

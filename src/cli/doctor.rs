@@ -1,6 +1,5 @@
 //! `heaptap doctor`: can this process be attached to, and how would it be done? Writes nothing into it.
 
-use super::format::printable;
 use crate::error::Error;
 use crate::inferior::memory::ProcessMemory;
 use crate::inferior::{facts, maps};
@@ -9,6 +8,7 @@ use crate::probe::install::check_entries;
 use crate::recorder::RecordError;
 use crate::recorder::examine::{Examined, examine};
 use crate::recorder::header::{command_line, executable};
+use crate::report::text::escaped as printable;
 use clap::Args;
 use std::collections::BTreeMap;
 
@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 Reads /proc and the process's memory; stops nothing and writes nothing. Exit code 0 when the process can be
 attached to, 3 when not.
 
-EXAMPLES
+Examples:
   heaptap doctor --pid 1234
   heaptap doctor --pid 1234 --python-allocators")]
 pub struct DoctorArgs {

@@ -1,76 +1,107 @@
-//! The command line: verbs, their arguments, what is printed when they fail. The only place that knows clap.
+//! The command line: one file per verb. The only place that knows clap.
 
-pub mod attach;
-pub mod detach;
-pub mod doctor;
-pub mod format;
+mod attach;
+mod detach;
+mod doctor;
+mod dump;
+mod flamegraph;
+mod parse;
 pub mod stacks;
+mod stats;
+mod summary;
+mod table;
+mod tree;
+mod view;
 
-use crate::error::Error;
+use crate::error::{Error, Exit};
+use crate::report::text;
 use clap::{Parser, Subcommand};
+use std::io::Write;
 use std::process::ExitCode;
 
-/// Something failed.
-pub const EXIT_FAILED: u8 = 1;
-/// The target was refused, and nothing was done to it.
-pub const EXIT_REFUSED: u8 = 3;
+const EXAMPLES: &str = "\
+Examples:
+  heaptap demo                           a leaking program, found: your first minute
+  heaptap doctor --pid 1234              can this process be attached to, and how?
+  heaptap attach --pid 1234 -o app.heaptap --duration 30s
+  heaptap summary app.heaptap            what was live at the high-water mark, per function
+  heaptap tree --leaks app.heaptap       who allocated what was never freed
+  heaptap flamegraph app.heaptap         write app.svg
 
-/// Attach to a running CPython process and see where its memory is allocated
-#[derive(Debug, Parser)]
-#[command(name = "heaptap", version, help_expected = true)]
+Exit codes: 0 done, 1 failed, 2 usage, 3 the target was refused.";
+
+/// Attach to a running CPython process, record where its memory is allocated, and let go without a trace.
+#[derive(Parser)]
+#[command(name = "heaptap", version, after_help = EXAMPLES, help_expected = true, max_term_width = 110)]
 pub struct Cli {
-    /// What to do.
     #[command(subcommand)]
-    pub verb: Verb,
+    verb: Verb,
 }
 
-/// The verbs.
-#[derive(Debug, Subcommand)]
-pub enum Verb {
-    /// Record where a running process allocates memory
+/// What to do. One line per verb, here and in [`Cli::run`].
+#[derive(Subcommand)]
+enum Verb {
     Attach(attach::AttachArgs),
-    /// Remove what a killed heaptap left in a process
     Detach(detach::DetachArgs),
-    /// Tell whether and how a process can be attached to, without touching it
     Doctor(doctor::DoctorArgs),
-    /// Show the Python stack of every thread, once
     Stacks(stacks::Args),
+    Summary(summary::Args),
+    Table(table::Args),
+    Tree(tree::Args),
+    Stats(stats::Args),
+    Flamegraph(flamegraph::Args),
+    Dump(dump::Args),
 }
 
-/// Parses the arguments and does what they say.
-pub fn main() -> ExitCode {
+impl Cli {
+    fn run(self) -> Result<(), Error> {
+        match self.verb {
+            Verb::Attach(args) => attach::run(&args),
+            Verb::Detach(args) => detach::run(&args),
+            Verb::Doctor(args) => doctor::run(&args),
+            Verb::Stacks(args) => Ok(stacks::run(&args)?),
+            Verb::Summary(args) => args.run(),
+            Verb::Table(args) => args.run(),
+            Verb::Tree(args) => args.run(),
+            Verb::Stats(args) => args.run(),
+            Verb::Flamegraph(args) => args.run(),
+            Verb::Dump(args) => args.run(),
+        }
+    }
+}
+
+/// Parses the command line, runs the verb, prints an error and its hint.
+pub fn run() -> ExitCode {
     let cli = Cli::parse();
     log();
-    match run(cli.verb) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => report(&error),
-    }
+    let exit = match cli.run() {
+        Ok(()) => Exit::Done,
+        Err(error) if error.is_broken_pipe() => Exit::Done,
+        Err(error) => {
+            // If stderr is gone too there is nobody left to tell.
+            let mut stderr = std::io::stderr().lock();
+            let _ = writeln!(stderr, "heaptap: error: {}", text::escaped(&error.to_string()));
+            for cause in causes(&error) {
+                let _ = writeln!(stderr, "because: {}", text::escaped(&cause));
+            }
+            if let Some(hint) = error.hint() {
+                let _ = writeln!(stderr, "hint: {}", text::escaped(&hint));
+            }
+            error.exit()
+        }
+    };
+    exit.into()
 }
 
-fn run(verb: Verb) -> Result<(), Error> {
-    match verb {
-        Verb::Attach(args) => attach::run(&args),
-        Verb::Detach(args) => detach::run(&args),
-        Verb::Doctor(args) => doctor::run(&args),
-        Verb::Stacks(args) => Ok(stacks::run(&args)?),
-    }
-}
-
-/// What went wrong, why, and what to do. A reader that closed its end of a pipe has what it wanted.
-fn report(error: &Error) -> ExitCode {
-    if matches!(error, Error::Output(e) if e.kind() == std::io::ErrorKind::BrokenPipe) {
-        return ExitCode::SUCCESS;
-    }
-    eprintln!("heaptap: error: {error}");
+/// What an error was caused by, outermost first.
+fn causes(error: &Error) -> Vec<String> {
+    let mut causes = Vec::new();
     let mut source = std::error::Error::source(error);
     while let Some(cause) = source {
-        eprintln!("  because: {cause}");
+        causes.push(cause.to_string());
         source = cause.source();
     }
-    if let Some(hint) = error.hint() {
-        eprintln!("  hint: {hint}");
-    }
-    ExitCode::from(error.exit_code())
+    causes
 }
 
 /// Logs to stderr: warnings, and more where HEAPTAP_LOG asks for it (`HEAPTAP_LOG=debug`).
@@ -82,4 +113,21 @@ fn log() {
         .with_writer(std::io::stderr)
         .without_time()
         .try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed_and_every_verb_has_examples() {
+        let command = Cli::command();
+        command.clone().debug_assert();
+        for verb in command.get_subcommands() {
+            let help = verb.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Examples:"), "{} has no examples", verb.get_name());
+            assert!(verb.get_about().is_some(), "{} is not described", verb.get_name());
+        }
+    }
 }

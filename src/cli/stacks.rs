@@ -4,6 +4,7 @@
 //! last thread is one call, so that holding the target still is a matter of what surrounds it.
 
 use crate::cpython::{LayoutError, LocateError, Location, Python, RawFrame};
+use crate::error::Exit;
 use crate::image::{ImageError, modules};
 use crate::inferior::maps::{self, FactError};
 use crate::inferior::memory::ProcessMemory;
@@ -21,7 +22,7 @@ const TRIES: usize = 200;
 /// Arguments of `stacks`.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "EXAMPLES:\n  heaptap stacks --pid 4242\n  heaptap stacks --pid 4242 --json | jq '.threads[].name'"
+    after_help = "Examples:\n  heaptap stacks --pid 4242\n  heaptap stacks --pid 4242 --json | jq '.threads[].name'"
 )]
 pub struct Args {
     /// The process to look at
@@ -95,17 +96,17 @@ pub enum StacksError {
 
 impl StacksError {
     /// 3 where the target is refused, 1 where something failed.
-    pub fn exit_code(&self) -> u8 {
+    pub fn exit(&self) -> Exit {
         match self {
             Self::Image { source: ImageError::Architecture { .. } | ImageError::NotElf { .. }, .. }
             | Self::NoMemory { .. }
-            | Self::Layout { .. } => super::EXIT_REFUSED,
-            Self::Python { source, .. } if !matches!(**source, LocateError::Read(_)) => super::EXIT_REFUSED,
+            | Self::Layout { .. } => Exit::Refused,
+            Self::Python { source, .. } if !matches!(**source, LocateError::Read(_)) => Exit::Refused,
             Self::Python { .. }
             | Self::Facts { .. }
             | Self::Image { .. }
             | Self::Read { .. }
-            | Self::Print(_) => super::EXIT_FAILED,
+            | Self::Print(_) => Exit::Failed,
         }
     }
 }

@@ -190,6 +190,13 @@ pub fn started_at(pid: i32) -> Result<f64, FactError> {
     Ok(boot as f64 + start_time(pid)? as f64 / procfs::ticks_per_second() as f64)
 }
 
+/// Our own effective capabilities, bit n for capability n (capability.h); `None` where the kernel doesn't say.
+pub fn effective_capabilities() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let hex = status.lines().find_map(|l| l.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(hex.trim(), 16).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -218,11 +225,4 @@ mod tests {
         let Backing::File { path, deleted } = file(PathBuf::from("/x/a\\012b (deleted)")) else { panic!() };
         assert_eq!((path, deleted), (PathBuf::from("/x/a\nb"), true));
     }
-}
-
-/// Our own effective capabilities, bit n for capability n (capability.h); `None` where the kernel doesn't say.
-pub fn effective_capabilities() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let hex = status.lines().find_map(|l| l.strip_prefix("CapEff:"))?;
-    u64::from_str_radix(hex.trim(), 16).ok()
 }

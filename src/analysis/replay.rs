@@ -1,0 +1,234 @@
+//! [`Replay`]: the records of a capture once through the live set and everything that counts.
+
+use super::high_water_mark::HighWaterMark;
+use super::site::{Site, SiteTotals, Totals, sum};
+use super::statistics::Statistics;
+use super::temporary::Temporary;
+use crate::capture::{
+    Allocation, Block, CaptureError, CaptureReader, CutShort, Damage, Displaced, Free, Header, LiveSet, Part,
+    Record, StackTable, Trailer, Unmap,
+};
+
+/// Which allocations a report is about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum View {
+    /// Those live when the most was live.
+    #[default]
+    HighWaterMark,
+    /// Those not freed by the end.
+    Leaks,
+    /// Those freed before more than so many others were made on their thread.
+    Temporary(u32),
+}
+
+/// What is known not to be in the records.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Missing {
+    /// Events dropped while recording.
+    pub dropped: u64,
+    /// Spans without records, and how long they are together in nanoseconds.
+    pub gaps: u64,
+    /// Nanoseconds in gaps.
+    pub gap_ns: u64,
+    /// Allocations at an address that was live: the free between them is missing.
+    pub missed_frees: u64,
+    /// Frees of blocks that the records don't have, though they should.
+    pub missed_allocations: u64,
+}
+
+/// The sums, while records pass.
+pub struct Replay {
+    live: LiveSet,
+    peak: HighWaterMark,
+    temporary: Option<Temporary>,
+    view: View,
+    statistics: Statistics,
+    missing: Missing,
+    frees: u64,
+    frees_from_before: u64,
+    unmaps: u64,
+    events: u64,
+    time_ns: u64,
+}
+
+/// Everything that a report is made from.
+pub struct Findings {
+    /// The facts of the run.
+    pub header: Header,
+    /// How it ended, unless the file was cut.
+    pub trailer: Option<Trailer>,
+    /// Where the file was cut.
+    pub cut: Option<CutShort>,
+    /// What was lost in the file's middle.
+    pub damage: Damage,
+    /// Stacks and names.
+    pub stacks: StackTable,
+    /// What `sites` are.
+    pub view: View,
+    /// Sites of the view, biggest first.
+    pub sites: Vec<SiteTotals>,
+    /// Sums over all allocations.
+    pub statistics: Statistics,
+    /// What is not in the records.
+    pub missing: Missing,
+    /// Allocations, frees and unmaps read.
+    pub events: u64,
+    /// Frees of blocks of the capture.
+    pub frees: u64,
+    /// Frees of blocks from before the attach.
+    pub frees_from_before: u64,
+    /// Unmaps.
+    pub unmaps: u64,
+    /// The most bytes live at once.
+    pub peak_bytes: u64,
+    /// When, in nanoseconds since the start.
+    pub peak_time_ns: u64,
+    /// What was live at the end.
+    pub live: Totals,
+    /// The last time in the records, in nanoseconds since the start.
+    pub last_time_ns: u64,
+}
+
+impl Replay {
+    /// Begins with nothing live. `page_size` is the target's.
+    pub fn new(view: View, page_size: u64) -> Self {
+        let temporary = match view {
+            View::Temporary(threshold) => Some(Temporary::new(threshold)),
+            View::HighWaterMark | View::Leaks => None,
+        };
+        Self {
+            live: LiveSet::new(page_size),
+            peak: HighWaterMark::default(),
+            temporary,
+            view,
+            statistics: Statistics::default(),
+            missing: Missing::default(),
+            frees: 0,
+            frees_from_before: 0,
+            unmaps: 0,
+            events: 0,
+            time_ns: 0,
+        }
+    }
+
+    /// Takes the next record.
+    pub fn observe(&mut self, record: &Record) {
+        match record {
+            Record::Allocation(event) => self.allocation(event),
+            Record::Free(event) => self.free(event),
+            Record::Unmap(event) => self.unmap(event),
+            Record::FreeUnknown(_) => {
+                self.events += 1;
+                self.frees_from_before += 1;
+            }
+            Record::Time(ns) => self.time_ns = self.time_ns.max(*ns),
+            Record::Drop { count, .. } => {
+                self.missing.dropped = self.missing.dropped.saturating_add(*count);
+            }
+            Record::Gap { duration_ns, .. } => {
+                self.missing.gaps += 1;
+                self.missing.gap_ns = self.missing.gap_ns.saturating_add(*duration_ns);
+            }
+            Record::String(_) | Record::Frame(_) | Record::Stack(_) | Record::Thread(_) => {}
+        }
+    }
+
+    /// The sites of the view, biggest first.
+    pub fn sites(&self) -> Vec<SiteTotals> {
+        match &self.temporary {
+            Some(temporary) => temporary.sites(),
+            None if self.view == View::Leaks => {
+                sum(self.live.iter().map(|(block, bytes)| (site(&block), Totals { bytes, count: 1 })))
+            }
+            None => self.peak.sites(),
+        }
+    }
+
+    fn allocation(&mut self, event: &Allocation) {
+        self.events += 1;
+        self.statistics.allocated(event);
+        let site = Site { stack: event.stack, allocator: event.allocator, tid: event.tid };
+        match self.live.allocate(event, self.time_ns) {
+            Displaced::Nothing => {}
+            Displaced::Block(old) => {
+                self.missing.missed_frees += 1;
+                self.peak.remove(self::site(&old), old.size, true);
+            }
+            Displaced::Mappings(parts) => self.unmapped(&parts),
+        }
+        let bytes =
+            if event.allocator.is_ranged() { event.size.min(u64::MAX - event.address.0) } else { event.size };
+        if bytes > 0 || !event.allocator.is_ranged() {
+            self.peak.add(site, bytes, self.time_ns);
+        }
+        if let Some(temporary) = &mut self.temporary {
+            temporary.allocated(site, event.address, event.size);
+        }
+    }
+
+    fn free(&mut self, event: &Free) {
+        self.events += 1;
+        self.frees += 1;
+        match self.live.free(event.address) {
+            Some(block) => self.peak.remove(site(&block), block.size, true),
+            None => self.missing.missed_allocations += 1,
+        }
+        if let Some(temporary) = &mut self.temporary {
+            temporary.freed(event.address);
+        }
+    }
+
+    fn unmap(&mut self, event: &Unmap) {
+        self.events += 1;
+        self.unmaps += 1;
+        let parts = self.live.unmap(event);
+        self.unmapped(&parts);
+        if let Some(temporary) = &mut self.temporary
+            && parts.iter().any(|part| part.ended)
+        {
+            temporary.freed(event.address);
+        }
+    }
+
+    fn unmapped(&mut self, parts: &[Part]) {
+        for part in parts {
+            self.peak.remove(site(&part.mapping), part.bytes, part.ended);
+        }
+    }
+}
+
+/// Reads a capture to its end.
+pub fn analyse(mut reader: CaptureReader, view: View) -> Result<Findings, CaptureError> {
+    let header = reader.header().clone();
+    let mut replay = Replay::new(view, header.page_size);
+    for record in reader.by_ref() {
+        replay.observe(&record?);
+    }
+    Ok(Findings {
+        header,
+        trailer: reader.trailer().cloned(),
+        cut: reader.cut().cloned(),
+        damage: reader.damage().clone(),
+        stacks: reader.into_stacks(),
+        view,
+        sites: replay.sites(),
+        missing: replay.missing,
+        events: replay.events,
+        frees: replay.frees,
+        frees_from_before: replay.frees_from_before,
+        unmaps: replay.unmaps,
+        peak_bytes: replay.peak.peak_bytes(),
+        peak_time_ns: replay.peak.peak_time_ns(),
+        live: Totals { bytes: replay.live.live_bytes(), count: replay.live.live_blocks() as u64 },
+        last_time_ns: replay.time_ns,
+        statistics: replay.statistics,
+    })
+}
+
+fn site(block: &Block) -> Site {
+    Site { stack: block.stack, allocator: block.allocator, tid: block.tid }
+}
+
+#[cfg(test)]
+#[path = "replay_tests.rs"]
+mod tests;

@@ -1,0 +1,164 @@
+//! [`Statistics`]: how much was allocated, by what, in which sizes, where, live or not.
+
+use super::site::{SiteTotals, Totals};
+use crate::capture::{Allocation, AllocatorKind, FrameId, StackId, StackTable};
+use foldhash::fast::RandomState;
+use std::collections::HashMap;
+
+/// The most bins that a histogram has.
+const BINS: u32 = 10;
+
+/// Sizes between two bounds, both included.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SizeBin {
+    /// Smallest size, in bytes.
+    pub min_bytes: u64,
+    /// Largest size, in bytes.
+    pub max_bytes: u64,
+    /// Allocations of such a size.
+    pub count: u64,
+}
+
+/// What one allocator gave.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct AllocatorTotals {
+    /// The function.
+    pub allocator: AllocatorKind,
+    /// Its allocations.
+    pub totals: Totals,
+}
+
+/// What one code location asked for itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LocationTotals {
+    /// The location; `None` for allocations without a Python stack.
+    pub frame: Option<FrameId>,
+    /// Its allocations.
+    pub totals: Totals,
+}
+
+/// Sums over all allocations of a capture.
+#[derive(Clone, Debug)]
+pub struct Statistics {
+    /// Every allocation.
+    pub allocated: Totals,
+    /// Allocations with a size of `n` bits are at index `n` (0 is at 0).
+    by_bits: [u64; 65],
+    by_allocator: [Totals; AllocatorKind::ALL.len()],
+    by_stack: HashMap<StackId, Totals, RandomState>,
+}
+
+impl Default for Statistics {
+    fn default() -> Self {
+        Self {
+            allocated: Totals::default(),
+            by_bits: [0; 65],
+            by_allocator: [Totals::default(); AllocatorKind::ALL.len()],
+            by_stack: HashMap::default(),
+        }
+    }
+}
+
+impl Statistics {
+    pub(super) fn allocated(&mut self, event: &Allocation) {
+        let one = Totals { bytes: event.size, count: 1 };
+        self.allocated.add(one);
+        self.by_bits[(64 - event.size.leading_zeros()) as usize] += 1;
+        self.by_allocator[usize::from(event.allocator.id())].add(one);
+        self.by_stack.entry(event.stack).or_default().add(one);
+    }
+
+    /// Ten bins at most, growing by powers of two, from the smallest size to the largest.
+    pub fn size_histogram(&self) -> Vec<SizeBin> {
+        let used = |bits: &u32| self.by_bits[*bits as usize] > 0;
+        let (Some(low), Some(high)) = ((0..65).find(used), (0..65).rev().find(used)) else {
+            return Vec::new();
+        };
+        let width = (high - low + 1).div_ceil(BINS);
+        (low..=high)
+            .step_by(width as usize)
+            .map(|first| {
+                let last = (first + width - 1).min(64);
+                let count = (first..=last).map(|bits| self.by_bits[bits as usize]).sum();
+                let min_bytes = if first == 0 { 0 } else { 1 << (first - 1) };
+                let max_bytes = if last == 0 { 0 } else { u64::MAX >> (64 - last) };
+                SizeBin { min_bytes, max_bytes, count }
+            })
+            .collect()
+    }
+
+    /// The allocators that were used, most bytes first.
+    pub fn allocators(&self) -> Vec<AllocatorTotals> {
+        let all = AllocatorKind::ALL.into_iter().zip(self.by_allocator);
+        let mut rows: Vec<AllocatorTotals> = all
+            .filter(|(_, totals)| !totals.is_empty())
+            .map(|(allocator, totals)| AllocatorTotals { allocator, totals })
+            .collect();
+        rows.sort_by_key(|row| std::cmp::Reverse(row.totals));
+        rows
+    }
+
+    /// The innermost frames of all allocations, in no order.
+    pub fn locations(&self, stacks: &StackTable) -> Vec<LocationTotals> {
+        by_location(self.by_stack.iter().map(|(stack, totals)| (*stack, *totals)), stacks)
+    }
+
+    /// Distinct stacks that allocated.
+    pub fn distinct_stacks(&self) -> usize {
+        self.by_stack.len()
+    }
+}
+
+/// The innermost frames of `sites`, in no order.
+pub fn locations(sites: &[SiteTotals], stacks: &StackTable) -> Vec<LocationTotals> {
+    by_location(sites.iter().map(|row| (row.site.stack, row.totals)), stacks)
+}
+
+fn by_location(parts: impl Iterator<Item = (StackId, Totals)>, stacks: &StackTable) -> Vec<LocationTotals> {
+    let mut sums: HashMap<Option<FrameId>, Totals, RandomState> = HashMap::default();
+    for (stack, totals) in parts {
+        sums.entry(stacks.node(stack).map(|(frame, _)| frame)).or_default().add(totals);
+    }
+    sums.into_iter().map(|(frame, totals)| LocationTotals { frame, totals }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::RemoteAddr;
+    use proptest::prelude::*;
+
+    fn statistics(sizes: &[u64]) -> Statistics {
+        let mut statistics = Statistics::default();
+        for &size in sizes {
+            statistics.allocated(&Allocation {
+                allocator: AllocatorKind::Malloc,
+                tid: 1,
+                address: RemoteAddr(0),
+                size,
+                stack: StackId::EMPTY,
+            });
+        }
+        statistics
+    }
+
+    proptest! {
+        #[test]
+        fn every_size_is_in_exactly_one_bin(sizes in prop::collection::vec(prop_oneof![0u64..5000, any::<u64>()], 1..50)) {
+            let bins = statistics(&sizes).size_histogram();
+            prop_assert!(bins.len() <= 10);
+            for bin in &bins {
+                let expected = sizes.iter().filter(|size| (bin.min_bytes..=bin.max_bytes).contains(size)).count();
+                prop_assert_eq!(bin.count, expected as u64);
+            }
+            prop_assert_eq!(bins.iter().map(|bin| bin.count).sum::<u64>(), sizes.len() as u64);
+        }
+    }
+
+    #[test]
+    fn nothing_has_no_bins() {
+        assert!(statistics(&[]).size_histogram().is_empty());
+        let one = statistics(&[512]).size_histogram();
+        assert_eq!(one, [SizeBin { min_bytes: 512, max_bytes: 1023, count: 1 }]);
+    }
+}

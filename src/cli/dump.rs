@@ -1,0 +1,32 @@
+//! `heaptap dump`.
+
+use super::view::to_stdout;
+use crate::capture::CaptureReader;
+use crate::error::Error;
+use crate::report::dump::dump;
+use std::path::PathBuf;
+
+const EXAMPLES: &str = "\
+Examples:
+  heaptap dump app.heaptap | head -50
+  heaptap dump --json app.heaptap | jq -c 'select(.record == \"allocation\" and .bytes > 1000000)'";
+
+/// Every record of a capture, in order, as text or JSON lines.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Args {
+    /// The capture, as written by `heaptap attach`.
+    #[arg(value_name = "CAPTURE")]
+    capture: PathBuf,
+
+    /// Write one JSON object per line (docs/reports.md tells their fields).
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    pub(super) fn run(self) -> Result<(), Error> {
+        let reader = CaptureReader::open(&self.capture)?;
+        to_stdout(|out, _| Ok(dump(reader, self.json, out)?))
+    }
+}

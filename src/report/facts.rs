@@ -1,0 +1,226 @@
+//! What one has to know to believe a report: of what run it is, how it was recorded, what is missing.
+//!
+//! Every report begins with it, as text or as the `run` object of its JSON.
+
+use super::text::{counted, duration, escaped, number, size, timestamp};
+use crate::analysis::{Findings, Totals, View};
+use crate::capture::{CutShort, Damage, EndReason, Header, LibcFacts, PythonFacts, Trailer};
+use serde::Serialize;
+use std::io::{self, Write};
+
+/// The facts of a run for JSON.
+#[derive(Serialize)]
+pub struct Facts<'a> {
+    heaptap_version: &'a str,
+    pid: u32,
+    command_line: &'a [String],
+    python: &'a PythonFacts,
+    libc: &'a LibcFacts,
+    allocator_library: &'a str,
+    start_unix_ns: u64,
+    duration_ns: u64,
+    end_reason: Option<&'a EndReason>,
+    breakpoints: &'static str,
+    python_allocators: bool,
+    sampling_mean_bytes: Option<u64>,
+    /// False if the file has no trailer.
+    complete: bool,
+    cut_short: Option<Cut<'a>>,
+    damaged_chunks: u64,
+    dropped_events: u64,
+    gaps: u64,
+    gap_ns: u64,
+    missed_frees: u64,
+    missed_allocations: u64,
+    warnings: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Cut<'a> {
+    offset: u64,
+    why: &'a str,
+}
+
+/// The part of a run that a view shows, for JSON.
+#[derive(Serialize)]
+pub(super) struct Shown {
+    view: &'static str,
+    temporary_threshold: Option<u32>,
+    total_bytes: u64,
+    total_count: u64,
+    peak_bytes: u64,
+    peak_time_ns: u64,
+}
+
+impl<'a> Facts<'a> {
+    /// The facts of what was found.
+    pub fn of(findings: &'a Findings) -> Self {
+        let Findings { header, missing, .. } = findings;
+        Self {
+            heaptap_version: &header.heaptap_version,
+            pid: header.pid,
+            command_line: &header.command_line,
+            python: &header.python,
+            libc: &header.libc,
+            allocator_library: &header.allocator_library,
+            start_unix_ns: header.start_unix_ns,
+            duration_ns: run_duration(findings),
+            end_reason: findings.trailer.as_ref().map(|trailer| &trailer.reason),
+            breakpoints: header.breakpoints.name(),
+            python_allocators: header.python_allocators,
+            sampling_mean_bytes: header.sampling_mean_bytes,
+            complete: findings.trailer.is_some(),
+            cut_short: findings.cut.as_ref().map(|cut| Cut { offset: cut.offset, why: &cut.why }),
+            damaged_chunks: findings.damage.chunks,
+            dropped_events: missing.dropped,
+            gaps: missing.gaps,
+            gap_ns: missing.gap_ns,
+            missed_frees: missing.missed_frees,
+            missed_allocations: missing.missed_allocations,
+            warnings: warnings(findings),
+        }
+    }
+}
+
+impl Shown {
+    pub(super) fn of(findings: &Findings) -> Self {
+        let total = total(findings);
+        Self {
+            view: match findings.view {
+                View::HighWaterMark => "high_water_mark",
+                View::Leaks => "leaks",
+                View::Temporary(_) => "temporary",
+            },
+            temporary_threshold: match findings.view {
+                View::Temporary(threshold) => Some(threshold),
+                View::HighWaterMark | View::Leaks => None,
+            },
+            total_bytes: total.bytes,
+            total_count: total.count,
+            peak_bytes: findings.peak_bytes,
+            peak_time_ns: findings.peak_time_ns,
+        }
+    }
+}
+
+/// Everything the view shows.
+pub(super) fn total(findings: &Findings) -> Totals {
+    let mut total = Totals::default();
+    for row in &findings.sites {
+        total.add(row.totals);
+    }
+    total
+}
+
+/// What the view shows, in words.
+pub(super) fn view_text(findings: &Findings) -> String {
+    match findings.view {
+        View::HighWaterMark => {
+            format!("Live at the high-water mark, {} after the start", duration(findings.peak_time_ns))
+        }
+        View::Leaks => "Allocated while recording and not freed by its end".to_owned(),
+        View::Temporary(threshold) => format!(
+            "Temporary: freed before more than {} of the same thread",
+            counted(u64::from(threshold), "other allocation")
+        ),
+    }
+}
+
+/// The lines that begin a text report about a view.
+pub(super) fn write_view(findings: &Findings, out: &mut dyn Write) -> io::Result<()> {
+    write_run(findings, out)?;
+    let total = total(findings);
+    let amount = format!("{} in {}", size(total.bytes), counted(total.count, "allocation"));
+    writeln!(out, "{}: {amount}", view_text(findings))?;
+    if findings.view == View::Leaks && !findings.header.python_allocators {
+        writeln!(
+            out,
+            "note: CPython's small-object allocator was not recorded, only the arenas it maps; \
+             `attach --python-allocators` does"
+        )?;
+    }
+    writeln!(out)
+}
+
+/// The lines about the run itself.
+pub(super) fn write_run(findings: &Findings, out: &mut dyn Write) -> io::Result<()> {
+    write_header(&findings.header, out)?;
+    let ended = match &findings.trailer {
+        Some(Trailer { reason, .. }) => escaped(&reason.text()).into_owned(),
+        None => "not known".to_owned(),
+    };
+    writeln!(out, "Recorded {}; ended: {ended}", duration(run_duration(findings)))?;
+    for warning in warnings(findings) {
+        writeln!(out, "warning: {warning}")?;
+    }
+    Ok(())
+}
+
+/// The lines that are known before the first record is read.
+pub(super) fn write_header(header: &Header, out: &mut dyn Write) -> io::Result<()> {
+    let known = |text: &str| if text.is_empty() { "unknown".to_owned() } else { escaped(text).into_owned() };
+    writeln!(
+        out,
+        "Python {} ({}), pid {}: {}",
+        known(&header.python.version),
+        known(&header.python.flavour),
+        header.pid,
+        known(&header.command_line.join(" "))
+    )?;
+    let what = match header.sampling_mean_bytes {
+        None => "every allocation".to_owned(),
+        Some(mean) => format!("a sample of one per {} (figures are of the sample)", size(mean)),
+    };
+    writeln!(
+        out,
+        "Started {} with {} breakpoints: {what}",
+        timestamp(header.start_unix_ns),
+        header.breakpoints.name()
+    )
+}
+
+/// How long was recorded: as the trailer says, else up to the last record.
+fn run_duration(findings: &Findings) -> u64 {
+    findings.trailer.as_ref().map_or(findings.last_time_ns, |trailer| trailer.duration_ns)
+}
+
+/// What is missing, in sentences. Empty if nothing is.
+fn warnings(findings: &Findings) -> Vec<String> {
+    let missing = &findings.missing;
+    let mut warnings = file_warnings(findings.cut.as_ref(), &findings.damage);
+    if missing.dropped > 0 {
+        warnings.push(format!("{} were dropped while recording", counted(missing.dropped, "event")));
+    }
+    if missing.gaps > 0 {
+        let gaps = counted(missing.gaps, "gap");
+        warnings.push(format!("nothing was recorded in {gaps} of {} together", duration(missing.gap_ns)));
+    }
+    if missing.missed_frees > 0 {
+        warnings.push(format!(
+            "{} were missed (their addresses were given out again)",
+            counted(missing.missed_frees, "free")
+        ));
+    }
+    if missing.missed_allocations > 0 {
+        let count = number(missing.missed_allocations);
+        warnings.push(format!("the allocations of {count} freed blocks are missing"));
+    }
+    let incomplete = !warnings.is_empty();
+    if incomplete && findings.view == View::Leaks {
+        warnings.push("so some of what is shown as not freed may have been".to_owned());
+    }
+    warnings
+}
+
+/// What is wrong with the file itself.
+pub(super) fn file_warnings(cut: Option<&CutShort>, damage: &Damage) -> Vec<String> {
+    let mut warnings = Vec::new();
+    if let Some(CutShort { offset, why }) = cut {
+        warnings.push(format!("the file is cut short at byte {}: {why}", number(*offset)));
+    }
+    if let Some(CutShort { offset, why }) = &damage.first {
+        let chunks = counted(damage.chunks, "damaged chunk");
+        warnings.push(format!("{chunks} could not be read, the first at byte {}: {why}", number(*offset)));
+    }
+    warnings
+}

@@ -1,0 +1,117 @@
+//! `table`: one row per allocation site: innermost location, thread, allocator.
+
+use super::facts::{Facts, Shown, total, write_view};
+use super::names::{Location, location, place, thread, thread_name};
+use super::text::{fitted, number, percent, share, size};
+use super::{Format, Report, ReportError, limited, write_json, write_rest};
+use crate::analysis::{Findings, Totals};
+use crate::capture::{AllocatorKind, FrameId};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::io::Write;
+use tabled::builder::Builder;
+use tabled::settings::object::Columns;
+use tabled::settings::{Alignment, Style};
+
+/// The report.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Table {
+    /// The most rows; 0 for all.
+    pub max_rows: usize,
+}
+
+/// What a row is about.
+type Key = (Option<FrameId>, u32, AllocatorKind);
+
+#[derive(Serialize)]
+struct Document<'a> {
+    report: &'static str,
+    run: Facts<'a>,
+    #[serde(flatten)]
+    shown: Shown,
+    allocations: Vec<Row<'a>>,
+}
+
+#[derive(Serialize)]
+struct Row<'a> {
+    #[serde(flatten)]
+    location: Location<'a>,
+    tid: u32,
+    thread_name: Option<&'a str>,
+    allocator: &'static str,
+    bytes: u64,
+    percent: f64,
+    count: u64,
+}
+
+/// Columns of the table beside the location, with their borders.
+const OTHER_COLUMNS: usize = 78;
+
+impl Report for Table {
+    fn write(&self, findings: &Findings, format: Format, out: &mut dyn Write) -> Result<(), ReportError> {
+        let mut sums: BTreeMap<Key, Totals> = BTreeMap::new();
+        for row in &findings.sites {
+            let frame = findings.stacks.node(row.site.stack).map(|(frame, _)| frame);
+            sums.entry((frame, row.site.tid, row.site.allocator)).or_default().add(row.totals);
+        }
+        let mut rows: Vec<(Key, Totals)> = sums.into_iter().collect();
+        rows.sort_by_key(|(_, totals)| std::cmp::Reverse(*totals));
+        let shown = limited(&rows, self.max_rows);
+        if format.json {
+            Self::json(findings, shown, out)
+        } else {
+            Self::text(findings, shown, rows.len(), format, out)
+        }
+    }
+}
+
+impl Table {
+    fn text(
+        findings: &Findings,
+        rows: &[(Key, Totals)],
+        all: usize,
+        format: Format,
+        out: &mut dyn Write,
+    ) -> Result<(), ReportError> {
+        write_view(findings, out)?;
+        let whole = total(findings).bytes;
+        let width = format.width.map_or(usize::MAX, |width| width.saturating_sub(OTHER_COLUMNS).max(20));
+        let mut table = Builder::default();
+        table.push_record(["Size", "Size %", "Allocations", "Allocator", "Thread", "Location"]);
+        for ((frame, tid, allocator), totals) in rows {
+            table.push_record([
+                size(totals.bytes),
+                share(totals.bytes, whole),
+                number(totals.count),
+                allocator.name().to_owned(),
+                fitted(&thread(*tid, &findings.stacks), 24).into_owned(),
+                fitted(&place(*frame, &findings.stacks), width).into_owned(),
+            ]);
+        }
+        let mut table = table.build();
+        table.with(Style::psql()).modify(Columns::new(..3), Alignment::right());
+        writeln!(out, "{table}")?;
+        write_rest(rows.len(), all, out)?;
+        Ok(())
+    }
+
+    fn json(findings: &Findings, rows: &[(Key, Totals)], out: &mut dyn Write) -> Result<(), ReportError> {
+        let whole = total(findings).bytes;
+        let allocations = rows.iter().map(|((frame, tid, allocator), totals)| Row {
+            location: location(*frame, &findings.stacks),
+            tid: *tid,
+            thread_name: thread_name(*tid, &findings.stacks),
+            allocator: allocator.name(),
+            bytes: totals.bytes,
+            percent: percent(totals.bytes, whole),
+            count: totals.count,
+        });
+        let document = Document {
+            report: "table",
+            run: Facts::of(findings),
+            shown: Shown::of(findings),
+            allocations: allocations.collect(),
+        };
+        write_json(&document, out)
+    }
+}

@@ -1,0 +1,51 @@
+//! Captures of every format version are read for ever: one golden file per version.
+
+mod script;
+
+use heaptap::analysis::{View, analyse};
+use heaptap::capture::CaptureReader;
+use heaptap::report::dump::dump;
+use std::path::{Path, PathBuf};
+
+fn golden(version: u32) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("fixtures/captures/v{version}.heaptap"))
+}
+
+fn dumped(path: &Path) -> String {
+    let mut out = Vec::new();
+    dump(CaptureReader::open(path).unwrap(), true, &mut out).unwrap();
+    String::from_utf8(out).unwrap()
+}
+
+/// Makes the golden file of the current version, if there is none. See `fixtures/captures/README.md`.
+#[test]
+#[ignore = "makes a fixture"]
+fn write_golden_capture() {
+    script::shop(&golden(1));
+}
+
+#[test]
+fn version_1_is_read_record_by_record_as_when_it_was_written() {
+    insta::assert_snapshot!(dumped(&golden(1)));
+}
+
+#[test]
+fn what_is_written_today_means_the_same_as_the_golden_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("today.heaptap");
+    script::shop(&path);
+    assert_eq!(dumped(&path), dumped(&golden(1)));
+}
+
+#[test]
+fn the_recorder_and_the_analysis_agree_on_what_is_live() {
+    let findings = analyse(CaptureReader::open(golden(1)).unwrap(), View::HighWaterMark).unwrap();
+    let counters = findings.trailer.as_ref().unwrap().counters;
+    assert_eq!(findings.peak_bytes, counters.peak_live_bytes);
+    assert_eq!((findings.live.bytes, findings.live.count), (counters.live_bytes, counters.live_blocks));
+    assert_eq!(findings.events, counters.events);
+    assert_eq!((findings.frees, findings.unmaps), (counters.frees, counters.unmaps));
+    assert_eq!((findings.missing.missed_frees, findings.missing.missed_allocations), (0, 0));
+    // 39 cache entries of 1 KiB and a quarter of the mapping are left.
+    assert_eq!(counters.live_bytes, 39 * 1024 + (1 << 18));
+}
