@@ -67,6 +67,34 @@ fn own_modules_begin_with_the_executable_and_have_libc() {
     assert_eq!(module.file().symbol("errno").map(|s| s.kind), Some(SymbolKind::Tls));
     assert_eq!(module.symbol_addr("errno"), None, "a thread-local symbol has no one address");
     assert_eq!(module.build_id().unwrap().len(), 40);
+    let (start, len) = module.section(".text").unwrap();
+    assert!(addr >= start && addr.since(start) < len);
+    // This test has its symbol table: a local function is in it, and not exported.
+    let own = here as *const () as u64;
+    let symbols = modules[0].file().all_symbols();
+    assert!(symbols.values().any(|s| modules[0].bias().to_remote(s.addr).0 == own && s.is_function()));
+}
+
+fn here() {
+    std::hint::black_box(());
+}
+
+#[test]
+fn exported_symbols_are_read_without_section_headers_too() {
+    let libc =
+        modules_of(std::process::id() as i32).into_iter().find(|m| m.name().starts_with("libc.so")).unwrap();
+    let mut bytes = std::fs::read(libc.path()).unwrap();
+    // e_shoff, e_shnum, e_shstrndx.
+    bytes[40..48].fill(0);
+    bytes[60..64].fill(0);
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&bytes).unwrap();
+    let bare = ElfFile::new(file, Path::new("bare")).unwrap();
+    assert!(bare.sections().is_empty() && !libc.file().sections().is_empty());
+    let names =
+        |elf: &ElfFile| elf.exported_symbols().keys().cloned().collect::<std::collections::BTreeSet<_>>();
+    assert!(names(&bare).len() > 1000);
+    assert_eq!(names(&bare), names(libc.file()));
 }
 
 #[test]

@@ -304,7 +304,7 @@ impl ElfFile {
             if count == 0 {
                 Vec::new()
             } else {
-                SectionHeader::parse(&bytes, 0, count, CTX).unwrap_or_default()
+                SectionHeader::parse_from(&bytes, 0, count, CTX).unwrap_or_default()
             }
         })
     }
