@@ -2,9 +2,10 @@
 
 mod support;
 
+use heaptap::addr::RemoteAddr;
 use heaptap::cpython::thread_state::OwnState;
-use heaptap::cpython::{Domain, Python};
-use heaptap::image::modules;
+use heaptap::cpython::{AllocatorTable, Binary, Domain, Python, Span};
+use heaptap::image::{Module, modules};
 use heaptap::inferior::maps;
 use heaptap::inferior::memory::ProcessMemory;
 use heaptap::python_binary::binaries;
@@ -129,6 +130,75 @@ fn the_allocator_tables_are_found() {
             assert_ne!(raw.malloc, object.malloc);
             assert!(tables.iter().all(|t| t.ctx.is_null()));
         }
+    });
+}
+
+/// A file that has lost the symbols and sections of which the name begins so.
+struct Without<'a>(&'a Module, &'a [&'a str]);
+
+impl Without<'_> {
+    fn kept(&self, name: &str) -> bool {
+        !self.1.iter().any(|lost| name.starts_with(lost))
+    }
+}
+
+impl Binary for Without<'_> {
+    fn path(&self) -> String {
+        Binary::path(self.0)
+    }
+    fn symbol(&self, name: &str) -> Option<RemoteAddr> {
+        self.0.symbol_addr(name).filter(|_| self.kept(name))
+    }
+    fn section(&self, name: &str) -> Option<Span> {
+        Binary::section(self.0, name).filter(|_| self.kept(name))
+    }
+    fn writable(&self) -> Vec<Span> {
+        self.0.writable()
+    }
+    fn executable(&self) -> Vec<Span> {
+        self.0.executable()
+    }
+    fn read_only(&self) -> Vec<Span> {
+        self.0.read_only()
+    }
+}
+
+#[test]
+fn the_same_is_found_without_symbols() {
+    on_every_interpreter(|interpreter| {
+        let mut program = Program::start(interpreter, "every_kind_of_frame.py");
+        program.line();
+        let pid = program.pid();
+        let memory = ProcessMemory::new(pid);
+        let modules = modules(pid, &maps::mappings(pid).unwrap(), &memory).unwrap();
+        let python = Python::locate(&memory, &binaries(&modules)).unwrap();
+        let tables = python.allocators(&memory, &binaries(&modules)).unwrap();
+        let steps: &[(u8, &[&str], &str)] = &[
+            // Static variables, the C library's descriptors, types: gone in a stripped file or foreign library.
+            (8, &["_PyObject", "_PyMem", "_thread_db_", "PyCode_Type"], "symbol _PyRuntime"),
+            (10, &["_PyRuntime"], "section .PyRuntime"),
+            (13, &["_PyRuntime", ".PyRuntime"], "search for the cookie xdebugpy"),
+        ];
+        for (since, lost, how) in steps.iter().filter(|(since, _, _)| python.version.minor >= *since) {
+            let stripped: Vec<_> = modules.iter().map(|m| Without(m, lost)).collect();
+            let stripped: Vec<&dyn Binary> = stripped.iter().map(|b| b as &dyn Binary).collect();
+            let found = Python::locate(&memory, &stripped).unwrap_or_else(|e| panic!("since 3.{since}: {e}"));
+            assert_eq!(found.evidence[0].source, *how);
+            assert_eq!(
+                (found.runtime, found.version, found.flavour),
+                (python.runtime, python.version, python.flavour)
+            );
+            assert_eq!((found.own_state, found.pthread), (python.own_state, python.pthread));
+            let words = |t: AllocatorTable| (t.address, t.malloc, t.free);
+            assert_eq!(found.allocators(&memory, &stripped).unwrap().map(words), tables.map(words));
+            let tids: Vec<i32> = maps::namespaced_tasks(pid).unwrap().iter().map(|t| t.1).collect();
+            assert_eq!(found.self_test(&memory, &tids).unwrap(), python.self_test(&memory, &tids).unwrap());
+        }
+        // Without any of it there is no guess.
+        let nothing: Vec<_> = modules.iter().map(|m| Without(m, &[""])).collect();
+        let nothing: Vec<&dyn Binary> = nothing.iter().map(|b| b as &dyn Binary).collect();
+        let found = Python::locate(&memory, &nothing);
+        assert_eq!(found.is_ok(), python.version.minor >= 13, "only the cookie needs no name");
     });
 }
 

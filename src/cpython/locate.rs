@@ -45,6 +45,17 @@ pub enum LocateError {
         /// The version, as far as it is known.
         found: String,
     },
+    /// A CPython of a supported version whose runtime is hidden.
+    #[error(
+        "{binary} is CPython {version}, but its runtime was not found (no symbol _PyRuntime, no section .PyRuntime, no \
+         _Py_DebugOffsets): the file was stripped of what every build exports; use an ordinary build"
+    )]
+    RuntimeHidden {
+        /// The binary.
+        binary: String,
+        /// The version.
+        version: PythonVersion,
+    },
     /// A runtime of unknown version.
     #[error("{binary} holds a CPython runtime at {runtime}, but its version could not be learnt ({tried})")]
     VersionUnknown {
@@ -195,14 +206,17 @@ fn scan(
 fn no_runtime(memory: &dyn RemoteMemory, binaries: &[&dyn Binary]) -> LocateError {
     let executable = binaries.first().map_or_else(|| "no executable".to_owned(), |b| b.path());
     // Before 3.7 there is no _PyRuntime, but the API is there.
-    match find_symbol(binaries, "PyEval_EvalFrameEx").or_else(|| find_symbol(binaries, "Py_GetVersion")) {
-        Some((binary, _)) => {
-            let found = version_literals(memory, binary)
-                .first()
-                .map_or_else(|| "of a version before 3.7".to_owned(), |version| version.to_string());
-            LocateError::Version { binary: binary.path(), found }
+    let api = find_symbol(binaries, "PyEval_EvalFrameEx").or_else(|| find_symbol(binaries, "Py_GetVersion"));
+    let Some((binary, _)) = api else { return LocateError::NoPython { executable } };
+    let word = binary.symbol("Py_Version").and_then(|at| memory.read_u64(at).ok());
+    let version = word.map(|hex| PythonVersion::from_hex(hex as u32));
+    let binary_path = binary.path();
+    match version.or_else(|| version_literals(memory, binary).first().copied()) {
+        Some(version) if version.is_supported() => {
+            LocateError::RuntimeHidden { binary: binary_path, version }
         }
-        None => LocateError::NoPython { executable },
+        Some(version) => LocateError::Version { binary: binary_path, found: version.to_string() },
+        None => LocateError::Version { binary: binary_path, found: "of a version before 3.7".to_owned() },
     }
 }
 

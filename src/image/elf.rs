@@ -17,7 +17,7 @@ use std::sync::OnceLock;
 
 const CTX: Ctx = Ctx { container: Container::Big, le: Endian::Little };
 /// No table of an ELF file read at once is larger; a hostile size field is refused here.
-const MAX_TABLE: u64 = 512 << 20;
+const MAX_TABLE: u64 = 256 << 20;
 const SYMBOL_SIZE: usize = 24;
 
 /// An ELF file that could not be used.
@@ -304,7 +304,7 @@ impl ElfFile {
             if count == 0 {
                 Vec::new()
             } else {
-                SectionHeader::parse(&bytes, 0, count, CTX).unwrap_or_default()
+                SectionHeader::parse_from(&bytes, 0, count, CTX).unwrap_or_default()
             }
         })
     }
@@ -385,7 +385,7 @@ fn collect_symbols(
     if count == 0 {
         return None;
     }
-    let mut found = HashMap::with_capacity(count);
+    let mut found = HashMap::with_capacity(count.min(1 << 16));
     let mut hidden = HashMap::new();
     for (index, symbol) in Symtab::parse(table, 0, count, CTX).ok()?.iter().enumerate() {
         // SHN_UNDEF: imported, defined elsewhere. SHN_ABS: a version name or a constant.
