@@ -13,11 +13,27 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("capture", &["addr"]),
         ("analysis", &["capture", "addr"]),
         ("report", &["analysis", "capture", "addr"]),
-        ("inferior", &["memory", "addr"]),
-        ("image", &["memory", "addr"]),
+        ("mapping", &["addr"]),
+        ("inferior", &["mapping", "memory", "addr"]),
+        ("image", &["mapping", "memory", "addr"]),
         ("cpython", &["memory", "addr"]),
-        ("probe", &["inferior", "image", "cpython", "agent_abi", "memory", "addr"]),
-        ("recorder", &["probe", "cpython", "inferior", "image", "capture", "memory", "addr"]),
+        // The one place that knows both layers: an ELF file as CPython's layer wants to see it.
+        ("python_binary", &["image", "cpython", "memory", "addr"]),
+        ("probe", &["inferior", "image", "cpython", "agent_abi", "mapping", "memory", "addr"]),
+        (
+            "recorder",
+            &[
+                "probe",
+                "python_binary",
+                "cpython",
+                "inferior",
+                "image",
+                "capture",
+                "mapping",
+                "memory",
+                "addr",
+            ],
+        ),
         (
             "error",
             &[
