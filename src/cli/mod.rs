@@ -1,6 +1,7 @@
 //! The command line: one file per verb. The only place that knows clap.
 
 mod attach;
+mod demo;
 mod detach;
 mod doctor;
 mod dump;
@@ -41,6 +42,7 @@ pub struct Cli {
 /// What to do. One line per verb, here and in [`Cli::run`].
 #[derive(Subcommand)]
 enum Verb {
+    Demo(demo::DemoArgs),
     Attach(attach::AttachArgs),
     Detach(detach::DetachArgs),
     Doctor(doctor::DoctorArgs),
@@ -56,6 +58,7 @@ enum Verb {
 impl Cli {
     fn run(self) -> Result<(), Error> {
         match self.verb {
+            Verb::Demo(args) => demo::run(&args),
             Verb::Attach(args) => attach::run(&args),
             Verb::Detach(args) => detach::run(&args),
             Verb::Doctor(args) => doctor::run(&args),
