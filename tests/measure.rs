@@ -136,7 +136,7 @@ fn figures_of_ten_million_records() {
             resident()
         );
         let begin = Instant::now();
-        let read = CaptureReader::open(&path).unwrap().map(|record| record.unwrap()).count();
+        let read = CaptureReader::open(&path).unwrap().filter(Result::is_ok).count();
         let took = begin.elapsed();
         println!("  read in {took:.2?}: {:.1} million records/s", read as f64 / took.as_secs_f64() / 1e6);
         let begin = Instant::now();
