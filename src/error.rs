@@ -1,6 +1,14 @@
-//! The error that a run of heaptap ends with: its message, what to do about it, its exit code.
+//! The top error: what the user reads, what to do about it, and the exit code.
+//!
+//! Exit codes: 0 done, 1 failed, 2 usage (clap's), 3 the target was refused and nothing was done to it.
 
 use crate::capture::CaptureError;
+use crate::cli::stacks::StacksError;
+use crate::cpython::LocateError;
+use crate::image::ImageError;
+use crate::inferior::error::AttachError;
+use crate::probe::error::ProbeError;
+use crate::recorder::RecordError;
 use crate::report::ReportError;
 use crate::report::dump::DumpError;
 use std::io;
@@ -27,12 +35,26 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// Why a verb did not do what it was asked for.
+/// Anything that ends a verb.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A capture could not be written or read.
+    /// A recording could not be made.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// A recording ended by an error; what was recorded is in the capture, and the target was let go.
+    #[error("recording ended early: {message}")]
+    RecordingFailed {
+        /// What failed.
+        message: String,
+        /// The capture.
+        capture: PathBuf,
+    },
+    /// A capture can't be read or written.
     #[error(transparent)]
     Capture(#[from] CaptureError),
+    /// The stacks can't be shown.
+    #[error(transparent)]
+    Stacks(#[from] StacksError),
     /// A report could not be made.
     #[error(transparent)]
     Report(#[from] ReportError),
@@ -50,33 +72,36 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// The demo's program can't be run.
+    #[error("cannot run {program}: {source}")]
+    Demo {
+        /// The interpreter.
+        program: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The doctor found that the process can't be attached to, and said so.
+    #[error("process {pid} can't be attached to")]
+    CannotAttach {
+        /// The process.
+        pid: i32,
+    },
 }
 
 impl Error {
-    /// What the user can do about it.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::Capture(error) => error.hint().map(str::to_owned),
-            Self::Report(ReportError::Nothing(_)) => {
-                Some("`heaptap stats` shows what the capture holds".to_owned())
-            }
-            Self::Report(_) => None,
-            Self::OutputExists(_) => {
-                Some("give another name with -o, or --force to write over it".to_owned())
-            }
-            Self::OutputNotRegular(_) => Some("give the name of a file with -o, or - for stdout".to_owned()),
-            Self::Output { .. } => Some("give a path you may write to with -o".to_owned()),
-        }
-    }
-
-    /// The code to exit with.
+    /// What the process ends with.
     pub fn exit(&self) -> Exit {
         match self {
-            Self::Capture(_)
+            Self::Record(error) => record_exit(error),
+            Self::Stacks(error) => error.exit(),
+            Self::CannotAttach { .. } => Exit::Refused,
+            Self::RecordingFailed { .. }
+            | Self::Capture(_)
             | Self::Report(_)
             | Self::OutputExists(_)
             | Self::OutputNotRegular(_)
-            | Self::Output { .. } => Exit::Failed,
+            | Self::Output { .. }
+            | Self::Demo { .. } => Exit::Failed,
         }
     }
 
@@ -105,6 +130,113 @@ impl Error {
                 }
             }
         }
+    }
+
+    /// What the user can do.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Record(error) => record_hint(error),
+            Self::RecordingFailed { capture, .. } => Some(format!(
+                "what was recorded until then can be read: heaptap summary {}",
+                capture.display()
+            )),
+            Self::Capture(error) => error.hint().map(str::to_string),
+            Self::Report(ReportError::Nothing(_)) => {
+                Some("`heaptap stats` shows what the capture holds".into())
+            }
+            Self::OutputExists(_) => Some("give another name with -o, or --force to write over it".into()),
+            Self::OutputNotRegular(_) => Some("give the name of a file with -o, or - for stdout".into()),
+            Self::Output { .. } => Some("give a path you may write to with -o".into()),
+            Self::Demo { .. } => Some("install a CPython 3.8 to 3.15, or name one with --python".into()),
+            Self::Stacks(_) | Self::Report(_) | Self::CannotAttach { .. } => None,
+        }
+    }
+}
+
+fn record_exit(error: &RecordError) -> Exit {
+    match error {
+        RecordError::Attach(AttachError::Trace(_)) | RecordError::Trace(_) | RecordError::Capture(_) => {
+            Exit::Failed
+        }
+        RecordError::Probe(ProbeError::Trace(_) | ProbeError::Read(_) | ProbeError::NotRestored { .. }) => {
+            Exit::Failed
+        }
+        RecordError::Fact(_) | RecordError::Read(_) => Exit::Failed,
+        RecordError::Attach(_)
+        | RecordError::Image(_)
+        | RecordError::Locate(_)
+        | RecordError::Layout(_)
+        | RecordError::Allocators(_)
+        | RecordError::NotRecordable { .. }
+        | RecordError::Probe(_) => Exit::Refused,
+    }
+}
+
+fn record_hint(error: &RecordError) -> Option<String> {
+    match error {
+        RecordError::Attach(error) => attach_hint(error),
+        RecordError::Capture(error) => error.hint().map(str::to_string),
+        RecordError::Probe(error) => probe_hint(error),
+        RecordError::Layout(_) => {
+            Some("the layout does not fit this build; report it with the output of `heaptap doctor`".into())
+        }
+        RecordError::Locate(LocateError::NoPython { .. }) => Some(
+            "give the pid of the Python process itself: `pgrep -af python` lists them (a launcher or supervisor \
+             starts it as a child)"
+                .into(),
+        ),
+        RecordError::Locate(LocateError::NotInitialized { .. }) => Some("try again in a moment".into()),
+        RecordError::Locate(LocateError::Layout(_)) => {
+            Some("`heaptap doctor --pid PID` shows what was found; report it as a build to be supported".into())
+        }
+        RecordError::Locate(_) => Some("run the program with a CPython 3.8 to 3.15".into()),
+        RecordError::Image(ImageError::Architecture { .. }) => {
+            Some("heaptap records 64-bit x86-64 processes on machines of that kind".into())
+        }
+        RecordError::Image(_) => Some("`heaptap doctor --pid PID` shows what was found".into()),
+        RecordError::Allocators(_) => Some("record without --python-allocators".into()),
+        RecordError::NotRecordable { .. }
+        | RecordError::Trace(_)
+        | RecordError::Fact(_)
+        | RecordError::Read(_) => None,
+    }
+}
+
+fn attach_hint(error: &AttachError) -> Option<String> {
+    match error {
+        AttachError::NoProcess { .. } => Some("check the pid: `pgrep -af python` lists Python processes".into()),
+        AttachError::IsThread { pid, .. } => Some(format!("attach to the process: --pid {pid}")),
+        AttachError::NotPermitted { ptrace_scope, .. } => Some(match ptrace_scope {
+            Some(3) => "kernel.yama.ptrace_scope is 3: no process may be traced until the next boot".into(),
+            _ => "run heaptap as root, or give it CAP_SYS_PTRACE (in a container: --cap-add SYS_PTRACE); to trace \
+                  processes of your own user, kernel.yama.ptrace_scope has to be 0"
+                .into(),
+        }),
+        AttachError::AlreadyTraced { tracer, .. } => {
+            Some(format!("a process has one tracer at a time: end process {tracer} (a debugger, strace, heaptap) first"))
+        }
+        AttachError::Zombie { .. } => Some("it is gone; only its parent can collect it".into()),
+        AttachError::Myself { .. } | AttachError::KernelThread { .. } => {
+            Some("give the pid of a CPython process".into())
+        }
+        AttachError::Unstoppable { .. } => Some("try again when the thread's I/O is done".into()),
+        AttachError::Trace(_) => None,
+    }
+}
+
+fn probe_hint(error: &ProbeError) -> Option<String> {
+    match error {
+        ProbeError::EntryChanged { .. } => Some(
+            "end the other tool first (perf, bpftrace, a debugger, an allocation tracker); `heaptap detach --pid PID` \
+             removes what a killed heaptap left"
+                .into(),
+        ),
+        ProbeError::SigtrapInUse { .. } => {
+            Some("--unsafe-trap records all the same: the target dies should heaptap be killed meanwhile".into())
+        }
+        ProbeError::Seccomp { .. } => Some("run heaptap as root (CAP_SYS_ADMIN) to suspend the filter".into()),
+        ProbeError::ControllerAlive { controller, .. } => Some(format!("end it first: kill -INT {controller}")),
+        _ => None,
     }
 }
 

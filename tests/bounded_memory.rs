@@ -1,10 +1,10 @@
 //! What a capture announces is not reserved: memory goes with the bytes that are there. Alone in its
 //! binary, for it counts the bytes of the whole process.
 
-mod common;
+mod script;
 
-use common::use_up::{use_up, with_events};
 use heaptap::capture::CaptureReader;
+use script::use_up::{use_up, with_events};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::io::Cursor;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,6 +1,6 @@
 //! Captures of every format version are read for ever: one golden file per version.
 
-mod common;
+mod script;
 
 use heaptap::analysis::{View, analyse};
 use heaptap::capture::CaptureReader;
@@ -21,7 +21,7 @@ fn dumped(path: &Path) -> String {
 #[test]
 #[ignore = "makes a fixture"]
 fn write_golden_capture() {
-    common::shop(&golden(1));
+    script::shop(&golden(1));
 }
 
 #[test]
@@ -33,7 +33,7 @@ fn version_1_is_read_record_by_record_as_when_it_was_written() {
 fn what_is_written_today_means_the_same_as_the_golden_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("today.heaptap");
-    common::shop(&path);
+    script::shop(&path);
     assert_eq!(dumped(&path), dumped(&golden(1)));
 }
 

@@ -1,16 +1,16 @@
 //! Truncated, flipped and made-up captures through the reader and every report: an error or a partial
 //! report, never a panic.
 
-mod common;
+mod script;
 
-use common::use_up::{use_up, with_events};
 use proptest::prelude::*;
+use script::use_up::{use_up, with_events};
 use std::sync::LazyLock;
 
 static SHOP: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("shop.heaptap");
-    common::shop(&path);
+    script::shop(&path);
     std::fs::read(path).unwrap()
 });
 
@@ -46,7 +46,7 @@ proptest! {
 fn stacks_as_deep_as_a_file_can_hold_do_no_harm() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("deep.heaptap");
-    let mut script = common::Script::create(&path, &common::header());
+    let mut script = script::Script::create(&path, &script::header());
     let recursive = vec![("descend", "a.py", 1); 100_000];
     let deep = script.stack(&recursive);
     let deeper = script.stack(&[&recursive[..], &[("leaf", "a.py", 2)]].concat());

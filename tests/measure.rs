@@ -1,12 +1,12 @@
 //! Figures of the format: bytes per event, speed, memory. Run by hand:
 //! `cargo test --release --test measure -- --ignored --nocapture`
 
-mod common;
+mod script;
 
-use common::{Script, header};
 use heaptap::addr::RemoteAddr;
 use heaptap::analysis::{View, analyse};
 use heaptap::capture::{AllocatorKind, CaptureReader, StackId};
+use script::{Script, header};
 use std::collections::VecDeque;
 use std::path::Path;
 use std::time::Instant;

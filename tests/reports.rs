@@ -1,10 +1,10 @@
 //! The report verbs, run as a user runs them, on a capture whose events are known.
 
-mod common;
+mod script;
 
-use common::{Script, header, heaptap, shop, shop_events};
 use heaptap::addr::RemoteAddr;
 use heaptap::capture::{AllocatorKind, BreakpointKind, DropReason, Free, Header, StackId};
+use script::{Script, header, heaptap, shop, shop_events};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 

@@ -1,7 +1,12 @@
 //! The command line: one file per verb. The only place that knows clap.
 
+mod attach;
+mod detach;
+mod doctor;
 mod dump;
 mod flamegraph;
+mod parse;
+pub mod stacks;
 mod stats;
 mod summary;
 mod table;
@@ -16,6 +21,9 @@ use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
 Examples:
+  heaptap demo                           a leaking program, found: your first minute
+  heaptap doctor --pid 1234              can this process be attached to, and how?
+  heaptap attach --pid 1234 -o app.heaptap --duration 30s
   heaptap summary app.heaptap            what was live at the high-water mark, per function
   heaptap tree --leaks app.heaptap       who allocated what was never freed
   heaptap flamegraph app.heaptap         write app.svg
@@ -33,6 +41,10 @@ pub struct Cli {
 /// What to do. One line per verb, here and in [`Cli::run`].
 #[derive(Subcommand)]
 enum Verb {
+    Attach(attach::AttachArgs),
+    Detach(detach::DetachArgs),
+    Doctor(doctor::DoctorArgs),
+    Stacks(stacks::Args),
     Summary(summary::Args),
     Table(table::Args),
     Tree(tree::Args),
@@ -44,6 +56,10 @@ enum Verb {
 impl Cli {
     fn run(self) -> Result<(), Error> {
         match self.verb {
+            Verb::Attach(args) => attach::run(&args),
+            Verb::Detach(args) => detach::run(&args),
+            Verb::Doctor(args) => doctor::run(&args),
+            Verb::Stacks(args) => Ok(stacks::run(&args)?),
             Verb::Summary(args) => args.run(),
             Verb::Table(args) => args.run(),
             Verb::Tree(args) => args.run(),
@@ -56,13 +72,18 @@ impl Cli {
 
 /// Parses the command line, runs the verb, prints an error and its hint.
 pub fn run() -> ExitCode {
-    let exit = match Cli::parse().run() {
+    let cli = Cli::parse();
+    log();
+    let exit = match cli.run() {
         Ok(()) => Exit::Done,
         Err(error) if error.is_broken_pipe() => Exit::Done,
         Err(error) => {
             // If stderr is gone too there is nobody left to tell.
             let mut stderr = std::io::stderr().lock();
             let _ = writeln!(stderr, "heaptap: error: {}", text::escaped(&error.to_string()));
+            for cause in causes(&error) {
+                let _ = writeln!(stderr, "because: {}", text::escaped(&cause));
+            }
             if let Some(hint) = error.hint() {
                 let _ = writeln!(stderr, "hint: {}", text::escaped(&hint));
             }
@@ -70,6 +91,28 @@ pub fn run() -> ExitCode {
         }
     };
     exit.into()
+}
+
+/// What an error was caused by, outermost first.
+fn causes(error: &Error) -> Vec<String> {
+    let mut causes = Vec::new();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        causes.push(cause.to_string());
+        source = cause.source();
+    }
+    causes
+}
+
+/// Logs to stderr: warnings, and more where HEAPTAP_LOG asks for it (`HEAPTAP_LOG=debug`).
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("HEAPTAP_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .try_init();
 }
 
 #[cfg(test)]

@@ -1,0 +1,181 @@
+//! `heaptap attach`: records a running process.
+
+use super::parse::parse_duration;
+use crate::error::Error;
+use crate::recorder::examine::Examined;
+use crate::recorder::record::{Observer, Progress, RecordOptions, Summary, record};
+use crate::report::text::{duration, number as count, size as bytes};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Where nobody watches a terminal, a line of progress this often.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Record where a running process allocates memory
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  Record for half a minute, then look at what was live at the peak:
+    heaptap attach --pid 1234 --duration 30s -o server.heaptap
+    heaptap summary server.heaptap
+  Record until Ctrl-C, with every object that CPython's own allocators hand out:
+    heaptap attach --pid 1234 --python-allocators
+  Can it be attached to? (writes nothing into it)
+    heaptap doctor --pid 1234
+
+Every allocation stops the allocating thread for 20 to 150 µs: expect code that allocates much to run
+many times slower while it is recorded. The target goes on undisturbed afterwards, also when heaptap
+is killed.")]
+pub struct AttachArgs {
+    /// The process to record
+    #[arg(long, short, value_name = "PID")]
+    pub pid: i32,
+    /// The capture to write [default: heaptap-PID.heaptap]
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Stop after this time, such as 30s, 5m or 1h (default: until Ctrl-C or the target's end)
+    #[arg(long, short, value_name = "TIME", value_parser = parse_duration)]
+    pub duration: Option<Duration>,
+    /// Write over an existing capture
+    #[arg(long, short)]
+    pub force: bool,
+    /// Record CPython's object, mem and raw allocators too, not only those of libc
+    #[arg(long)]
+    pub python_allocators: bool,
+    /// The kind of breakpoint: an int3 and a stop of the thread at every call
+    #[arg(long, value_name = "KIND", default_value = "trap")]
+    pub breakpoints: Kind,
+    /// Record even where the target uses SIGTRAP itself: it dies should heaptap be killed
+    #[arg(long)]
+    pub unsafe_trap: bool,
+    /// Print no progress
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// Kinds of breakpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Kind {
+    /// int3 and ptrace
+    Trap,
+}
+
+/// Runs the verb.
+pub fn run(args: &AttachArgs) -> Result<(), Error> {
+    let output =
+        args.output.clone().unwrap_or_else(|| PathBuf::from(format!("heaptap-{}.heaptap", args.pid)));
+    let options = RecordOptions {
+        pid: args.pid,
+        output,
+        force: args.force,
+        duration: args.duration,
+        python_allocators: args.python_allocators,
+        unsafe_trap: args.unsafe_trap,
+    };
+    let mut console = Console::new(&options, args.quiet);
+    let summary = record(&options, &mut console)?;
+    console.bar.finish_and_clear();
+    print_summary(&summary, &options);
+    match summary.failed {
+        Some(message) => Err(Error::RecordingFailed { message, capture: options.output }),
+        None => Ok(()),
+    }
+}
+
+/// Tells the user how it goes: a line that is drawn anew on a terminal, now and then a line elsewhere.
+struct Console {
+    bar: ProgressBar,
+    line_due: Option<Instant>,
+    target: String,
+}
+
+impl Console {
+    fn new(options: &RecordOptions, quiet: bool) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if quiet || !terminal { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
+        if let Ok(style) = ProgressStyle::with_template("{msg}") {
+            bar.set_style(style);
+        }
+        let line_due = (!quiet && !terminal).then(|| Instant::now() + LINE_EVERY);
+        Self { bar, line_due, target: options.output.display().to_string() }
+    }
+}
+
+impl Observer for Console {
+    fn recording(&mut self, examined: &Examined) {
+        let breakpoints = examined.plan.entries.len() + examined.plan.words.len();
+        println!(
+            "recording process {}: CPython {}, {}, {breakpoints} trap breakpoints, into {}",
+            examined.pid,
+            examined.python.version,
+            examined.libc_name(),
+            self.target
+        );
+        // Scripts wait for this line.
+        let _ = std::io::stdout().flush();
+    }
+
+    fn progress(&mut self, progress: Progress) {
+        let line = || {
+            format!(
+                "{}  {} events  {} live  {} written  {} dropped",
+                duration(progress.elapsed.as_nanos() as u64),
+                count(progress.counters.events),
+                bytes(progress.live_bytes),
+                bytes(progress.file_bytes),
+                count(progress.counters.drops)
+            )
+        };
+        if !self.bar.is_hidden() {
+            self.bar.set_message(line());
+            self.bar.tick();
+        }
+        if self.line_due.is_some_and(|due| Instant::now() >= due) {
+            eprintln!("{}", line());
+            self.line_due = Some(Instant::now() + LINE_EVERY);
+        }
+    }
+}
+
+fn print_summary(summary: &Summary, options: &RecordOptions) {
+    let c = &summary.counters;
+    println!(
+        "recorded {} for {}: {}",
+        options.pid,
+        duration(summary.elapsed.as_nanos() as u64),
+        summary.reason.text()
+    );
+    println!(
+        "  {} allocations, {} frees, {} frees of blocks from before, {} drops",
+        count(c.allocations),
+        count(c.frees),
+        count(c.frees_from_before),
+        count(c.drops)
+    );
+    println!(
+        "  peak {} live; {} in {} blocks not freed by the end",
+        bytes(c.peak_live_bytes),
+        bytes(c.live_bytes),
+        count(c.live_blocks)
+    );
+    if summary.unreadable_stacks > 0 {
+        println!("  {} Python stacks could not be read and are empty", count(summary.unreadable_stacks));
+    }
+    if summary.tally.missed_frees > 0 {
+        println!("  {} frees were not seen", count(summary.tally.missed_frees));
+    }
+    for why in &summary.left.why {
+        println!("  left in the target: {} of thunks, because {why}", bytes(thunk_bytes(summary)));
+    }
+    if !summary.left.why.is_empty() {
+        println!("  they do nothing; `heaptap detach --pid {}` removes them later", options.pid);
+    }
+    println!("wrote {} ({})", options.output.display(), bytes(summary.file_bytes));
+}
+
+fn thunk_bytes(summary: &Summary) -> u64 {
+    (summary.left.regions.len() * crate::probe::region::REGION_LEN) as u64
+}

@@ -1,0 +1,59 @@
+//! `heaptap detach`: removes what a killed heaptap left in a process.
+
+use crate::error::Error;
+use crate::inferior::error::TraceError;
+use crate::inferior::memory::ProcessMemory;
+use crate::inferior::{Inferior, facts, maps};
+use crate::probe::install::LeftBehind;
+use crate::probe::region::REGION_LEN;
+use crate::probe::stale::{self, Stale};
+use crate::recorder::RecordError;
+use crate::report::text::size as bytes;
+use clap::Args;
+
+/// Remove what a killed heaptap left in a process
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A heaptap that ends by itself leaves nothing. One that is killed (SIGKILL, the OOM killer) leaves its thunks
+mapped; the target's first allocation takes the breakpoints out. This verb removes the rest.
+
+Examples:
+  heaptap detach --pid 1234")]
+pub struct DetachArgs {
+    /// The process to clean
+    #[arg(long, short, value_name = "PID")]
+    pub pid: i32,
+}
+
+/// Runs the verb.
+pub fn run(args: &DetachArgs) -> Result<(), Error> {
+    let pid = args.pid;
+    let found = find(pid)?;
+    if found.is_empty() {
+        println!("process {pid} holds nothing of heaptap's");
+        return Ok(());
+    }
+    let left = clean(pid, &found)?;
+    let size = bytes((found.len() * REGION_LEN) as u64);
+    match left.why.first() {
+        None => println!("removed {size} of thunks from process {pid}"),
+        Some(why) => println!("breakpoints are out of process {pid}; {size} of thunks stay for now: {why}"),
+    }
+    Ok(())
+}
+
+fn find(pid: i32) -> Result<Vec<Stale>, RecordError> {
+    facts::check_attachable(pid)?;
+    Ok(stale::find(&ProcessMemory::new(pid), &maps::mappings(pid)?))
+}
+
+fn clean(pid: i32, found: &[Stale]) -> Result<LeftBehind, RecordError> {
+    let mut inferior = Inferior::seize(pid)?;
+    let removed =
+        inferior.stop().map_err(RecordError::from).and_then(|()| Ok(stale::remove(&mut inferior, found)?));
+    match (removed, inferior.detach()) {
+        (Ok(left), Ok(()) | Err(TraceError::Gone { .. })) => Ok(left),
+        (Ok(_), Err(error)) => Err(error.into()),
+        (Err(error), _) => Err(error),
+    }
+}

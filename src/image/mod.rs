@@ -1,0 +1,262 @@
+//! Mapped ELF files of a process.
+//!
+//! [`modules`] turns a memory map into [`Module`]s in the dynamic linker's lookup order, so that "the first that
+//! defines `malloc`" is the one the process calls. Knows files and mappings; knows nothing of ptrace or Python.
+
+pub mod elf;
+pub mod libc;
+mod link_map;
+
+pub use elf::{ImageError, Section, Segment, Symbol, SymbolKind};
+pub use libc::{Libc, LibcKind, libc_of};
+
+use crate::addr::{Bias, ImageAddr, RemoteAddr};
+use crate::mapping::{Backing, Mapping, Perms};
+use crate::memory::RemoteMemory;
+use elf::ElfFile;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+const PAGE: u64 = 4096;
+
+/// A mapped part of a [`Module`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MappedRange {
+    /// First byte.
+    pub start: RemoteAddr,
+    /// One past the last byte.
+    pub end: RemoteAddr,
+    /// Access rights now.
+    pub perms: Perms,
+    /// Offset of `start` in the file.
+    pub offset: u64,
+}
+
+/// One ELF file mapped into a process.
+#[derive(Debug)]
+pub struct Module {
+    path: PathBuf,
+    deleted: bool,
+    bias: Bias,
+    ranges: Vec<MappedRange>,
+    file: ElfFile,
+}
+
+impl Module {
+    /// Path as the process's memory map shows it (of the target's world, perhaps not of ours).
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Last part of the path.
+    pub fn name(&self) -> &str {
+        self.path.file_name().and_then(|n| n.to_str()).unwrap_or_default()
+    }
+
+    /// The file has no directory entry any more.
+    pub fn is_deleted(&self) -> bool {
+        self.deleted
+    }
+
+    /// What to add to the file's addresses.
+    pub fn bias(&self) -> Bias {
+        self.bias
+    }
+
+    /// The mapped parts that the file backs, by ascending address.
+    pub fn ranges(&self) -> &[MappedRange] {
+        &self.ranges
+    }
+
+    /// The file.
+    pub fn file(&self) -> &ElfFile {
+        &self.file
+    }
+
+    /// Build id, lower-case hexadecimal.
+    pub fn build_id(&self) -> Option<String> {
+        self.file.build_id()
+    }
+
+    /// True if `addr` lies in a loaded segment (zero-initialised data included).
+    pub fn contains(&self, addr: RemoteAddr) -> bool {
+        let image = self.bias.to_image(addr);
+        self.file.segments().any(|s| image.0.wrapping_sub(s.addr.0) < s.mem_size)
+    }
+
+    /// A defined symbol, `.dynsym` before `.symtab`.
+    pub fn symbol(&self, name: &str) -> Option<Symbol> {
+        self.file.symbol(name)
+    }
+
+    /// The address of a defined symbol that is not thread-local.
+    pub fn symbol_addr(&self, name: &str) -> Option<RemoteAddr> {
+        let symbol = self.file.symbol(name).filter(|s| s.kind != SymbolKind::Tls)?;
+        Some(self.bias.to_remote(symbol.addr))
+    }
+
+    /// A symbol that other modules can bind to (defined in `.dynsym`).
+    pub fn exported_symbol(&self, name: &str) -> Option<Symbol> {
+        self.file.exported_symbols().get(name).copied()
+    }
+
+    /// Where a loaded section lies: first byte and size.
+    pub fn section(&self, name: &str) -> Option<(RemoteAddr, u64)> {
+        let section = self.file.section(name).filter(|s| s.addr.0 != 0)?;
+        Some((self.bias.to_remote(section.addr), section.size))
+    }
+
+    /// The loaded segments: first byte, bytes in memory, and the segment.
+    pub fn segments(&self) -> impl Iterator<Item = (RemoteAddr, u64, Segment)> + '_ {
+        self.file.segments().map(|s| (self.bias.to_remote(s.addr), s.mem_size, s))
+    }
+
+    /// What the file holds for `len` bytes at `addr` (before any relocation). `None` if no segment covers them.
+    pub fn file_bytes(&self, addr: RemoteAddr, len: usize) -> Option<Vec<u8>> {
+        self.file.bytes_at(self.bias.to_image(addr), len)
+    }
+}
+
+/// The modules of process `pid`, in the dynamic linker's lookup order, those it doesn't list (vdso excepted) last.
+///
+/// A mapped file that can't be used for a reason of its own (not ELF, damaged, vanished) is left out and logged; a
+/// main executable that can't be used is an error, for then nothing is known of the process.
+pub fn modules(pid: i32, maps: &[Mapping], memory: &dyn RemoteMemory) -> Result<Vec<Module>, ImageError> {
+    let exe = executable_identity(pid);
+    let mut found = Vec::new();
+    for group in groups(maps) {
+        let is_exe = exe.is_some_and(|(inode, _)| inode == group[0].inode);
+        match open_module(pid, &group, is_exe, memory) {
+            Ok(Some(module)) => found.push((module, is_exe)),
+            Ok(None) => {}
+            Err(error) if is_exe => return Err(error),
+            Err(error) => tracing::debug!(%error, "mapped file left out"),
+        }
+    }
+    let order = lookup_order(&found, memory);
+    if order.is_none() {
+        tracing::debug!(pid, "no list of loaded objects; modules are in address order");
+    }
+    let order = order.unwrap_or_default();
+    let rank = |module: &Module, is_exe: bool| {
+        let listed = order.iter().position(|dynamic| module.contains(*dynamic));
+        (listed.unwrap_or(usize::MAX), !is_exe)
+    };
+    found.sort_by_key(|(module, is_exe)| rank(module, *is_exe));
+    Ok(found.into_iter().map(|(module, _)| module).collect())
+}
+
+/// Inode and device of `/proc/PID/exe`, which needs no rights to the directories above it.
+fn executable_identity(pid: i32) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = std::fs::metadata(format!("/proc/{pid}/exe")).ok()?;
+    Some((metadata.ino(), metadata.dev()))
+}
+
+/// File mappings grouped into loaded copies: same file, ascending addresses, ascending offsets. A second mapping of
+/// the same file (a reader's `mmap`, another namespace of `dlmopen`) begins anew at a lower offset.
+fn groups(maps: &[Mapping]) -> Vec<Vec<&Mapping>> {
+    let mut groups: Vec<Vec<&Mapping>> = Vec::new();
+    for map in maps.iter().filter(|m| m.is_file() && m.inode != 0) {
+        let same = |m: &Mapping| (m.device, m.inode) == (map.device, map.inode);
+        let current = groups.iter_mut().rev().find(|g| same(g[0]));
+        match current {
+            Some(group) if group.last().is_some_and(|last| last.offset <= map.offset && map.offset != 0) => {
+                group.push(map);
+            }
+            _ => groups.push(vec![map]),
+        }
+    }
+    groups.retain(|group| group.iter().any(|m| m.perms.execute));
+    groups
+}
+
+fn open_module(
+    pid: i32,
+    group: &[&Mapping],
+    is_exe: bool,
+    memory: &dyn RemoteMemory,
+) -> Result<Option<Module>, ImageError> {
+    let Backing::File { path, deleted } = &group[0].backing else { return Ok(None) };
+    let file = ElfFile::new(open_mapped(pid, group[0], path, *deleted, is_exe)?, path)?;
+    let Some(bias) = bias_of(&file, group) else {
+        return Err(ImageError::Malformed {
+            path: path.clone(),
+            what: "no segment begins where it is mapped".into(),
+        });
+    };
+    // Opened by its path the file may be a newer one than the mapped: the headers in memory must be the file's.
+    let first = group[0];
+    if first.perms.read && first.offset == 0 {
+        let wanted = file.read(0, 64)?;
+        if memory.read_vec(first.start, 64).is_ok_and(|mapped| mapped != wanted) {
+            return Err(ImageError::Replaced { pid, path: path.clone() });
+        }
+    }
+    let ranges =
+        group.iter().map(|m| MappedRange { start: m.start, end: m.end, perms: m.perms, offset: m.offset });
+    Ok(Some(Module { path: path.clone(), deleted: *deleted, bias, ranges: ranges.collect(), file }))
+}
+
+/// Opens the very file that is mapped: by its mapping (needs CAP_CHECKPOINT_RESTORE, works for deleted files and every
+/// namespace), by `/proc/PID/exe`, by its path below the target's root, by its path.
+fn open_mapped(
+    pid: i32,
+    map: &Mapping,
+    path: &Path,
+    deleted: bool,
+    is_exe: bool,
+) -> Result<File, ImageError> {
+    let by_mapping = format!("/proc/{pid}/map_files/{:x}-{:x}", map.start.0, map.end.0);
+    let by_root = PathBuf::from(format!("/proc/{pid}/root")).join(path.strip_prefix("/").unwrap_or(path));
+    let mut error = match File::open(by_mapping) {
+        Ok(file) => return Ok(file),
+        Err(error) => error,
+    };
+    if is_exe && let Ok(file) = File::open(format!("/proc/{pid}/exe")) {
+        return Ok(file);
+    }
+    // The path is relative to the reader's root for a chrooted target, to the target's for one in a container.
+    for candidate in [by_root.as_path(), path] {
+        match File::open(candidate) {
+            Ok(file) if !deleted && same_inode(&file, map.inode) => return Ok(file),
+            Ok(_) => error = std::io::Error::from(std::io::ErrorKind::NotFound),
+            Err(e) => error = e,
+        }
+    }
+    Err(ImageError::Open { pid, path: path.to_owned(), source: error })
+}
+
+/// Only the inode is compared: overlay and btrfs show another device in the memory map than `stat` does.
+fn same_inode(file: &File, inode: u64) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    file.metadata().is_ok_and(|m| m.ino() == inode)
+}
+
+/// The loader maps each segment from the page of its file offset to the page of its address plus the bias.
+fn bias_of(file: &ElfFile, group: &[&Mapping]) -> Option<Bias> {
+    let page = |n: u64| n & !(PAGE - 1);
+    group.iter().find_map(|map| {
+        let segment =
+            file.segments().find(|s| page(s.offset) == map.offset && s.executable == map.perms.execute);
+        let segment = segment.or_else(|| file.segments().find(|s| page(s.offset) == map.offset))?;
+        Some(Bias::placing(ImageAddr(page(segment.addr.0)), map.start))
+    })
+}
+
+/// Asks the executable's `DT_DEBUG`; where the process was started through the dynamic linker as a command, that is the
+/// "executable" and has none, so its own `_r_debug` is asked. (musl has one file for both and no such symbol, but its
+/// program's `DT_DEBUG` is set: every module is tried.)
+fn lookup_order(found: &[(Module, bool)], memory: &dyn RemoteMemory) -> Option<Vec<RemoteAddr>> {
+    let dynamic = |module: &Module| {
+        let (addr, len) = module.file.dynamic()?;
+        link_map::from_dynamic(memory, module.bias.to_remote(addr), len)
+    };
+    let exe = found.iter().find(|(_, is_exe)| *is_exe).map(|(module, _)| module);
+    exe.and_then(dynamic)
+        .or_else(|| {
+            let linker = found.iter().find_map(|(module, _)| module.symbol_addr("_r_debug"))?;
+            link_map::from_r_debug(memory, linker)
+        })
+        .or_else(|| found.iter().find_map(|(module, _)| dynamic(module)))
+}

@@ -1,0 +1,106 @@
+//! What /proc tells of a process or thread before and while it is traced. Reads only.
+
+use super::error::{AttachError, TraceError};
+use procfs::ProcError;
+use procfs::process::{Process, Status};
+
+/// `PF_KTHREAD` of the kernel's `sched.h`, in the flags of proc_pid_stat(5).
+const PF_KTHREAD: u32 = 0x0020_0000;
+
+fn proc_error(path: String) -> impl FnOnce(ProcError) -> TraceError {
+    move |e| TraceError::Proc { path, source: std::io::Error::other(e) }
+}
+
+/// `/proc/TID/status`, or `None` when the thread is gone.
+pub fn status(tid: i32) -> Result<Option<Status>, TraceError> {
+    match Process::new(tid).and_then(|p| p.status()) {
+        Ok(status) => Ok(Some(status)),
+        Err(ProcError::NotFound(_)) => Ok(None),
+        Err(ProcError::Io(e, _)) if e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+        Err(e) => Err(proc_error(format!("/proc/{tid}/status"))(e)),
+    }
+}
+
+/// State letter of a thread (`R S D T t Z X …`), or `None` when it is gone.
+pub fn state(pid: i32, tid: i32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+    // The name may hold spaces and parentheses: the state follows the last ')'.
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
+/// Ids of the threads of `pid` now.
+pub fn threads(pid: i32) -> Result<Vec<i32>, TraceError> {
+    let path = format!("/proc/{pid}/task");
+    let entries = match std::fs::read_dir(&path) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(TraceError::Proc { path, source }),
+    };
+    Ok(entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
+}
+
+/// `/proc/PID/comm`, without its newline.
+pub fn name(tid: i32) -> String {
+    let name = std::fs::read_to_string(format!("/proc/{tid}/comm")).unwrap_or_default();
+    name.trim_end_matches('\n').to_string()
+}
+
+/// `kernel.yama.ptrace_scope`, where the kernel has it.
+pub fn ptrace_scope() -> Option<u8> {
+    std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok()?.trim().parse().ok()
+}
+
+/// Refuses what can't be traced, by what /proc shows, before anything is asked of the kernel.
+pub fn check_attachable(pid: i32) -> Result<(), AttachError> {
+    if pid == std::process::id() as i32 {
+        return Err(AttachError::Myself { pid });
+    }
+    if pid <= 0 {
+        return Err(AttachError::NoProcess { pid });
+    }
+    let process = match Process::new(pid) {
+        Ok(process) => process,
+        // Also where /proc is mounted with hidepid.
+        Err(ProcError::PermissionDenied(_)) => return Err(not_permitted(pid)),
+        Err(_) => return Err(AttachError::NoProcess { pid }),
+    };
+    let Some(status) = status(pid)? else { return Err(AttachError::NoProcess { pid }) };
+    if status.tgid != pid {
+        return Err(AttachError::IsThread { tid: pid, pid: status.tgid });
+    }
+    let stat = process.stat().map_err(proc_error(format!("/proc/{pid}/stat")))?;
+    if stat.flags & PF_KTHREAD != 0 {
+        return Err(AttachError::KernelThread { pid, name: stat.comm });
+    }
+    // A leader that exited before its threads is a zombie, too, but its process lives.
+    if stat.state == 'Z' && threads(pid)?.len() <= 1 {
+        return Err(AttachError::Zombie { pid });
+    }
+    if status.tracerpid != 0 {
+        return Err(already_traced(pid, status.tracerpid));
+    }
+    check_permitted(pid)
+}
+
+pub(super) fn already_traced(pid: i32, tracer: i32) -> AttachError {
+    AttachError::AlreadyTraced { pid, tracer, name: name(tracer) }
+}
+
+/// The refusal of the kernel, with what explains it.
+pub(super) fn not_permitted(pid: i32) -> AttachError {
+    let owner = std::fs::metadata(format!("/proc/{pid}"))
+        .map(|m| std::os::unix::fs::MetadataExt::uid(&m))
+        .unwrap_or_default();
+    AttachError::NotPermitted { pid, owner, ptrace_scope: ptrace_scope() }
+}
+
+/// Refuses what the kernel would not let us trace: opening the target's memory for writing takes the same
+/// check as PTRACE_ATTACH (`ptrace_may_access` with PTRACE_MODE_ATTACH), and changes nothing.
+pub fn check_permitted(pid: i32) -> Result<(), AttachError> {
+    let path = format!("/proc/{pid}/mem");
+    match std::fs::File::options().read(true).write(true).open(&path) {
+        Ok(_) => Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Err(not_permitted(pid)),
+        Err(source) => Err(TraceError::Proc { path, source }.into()),
+    }
+}

@@ -1,0 +1,13 @@
+//! Probes: which allocator entry points ([`plan`]), the thunks that stand behind them ([`region`]), planting and
+//! lifting ([`install`], [`stale`]), and what a hit means ([`calls`]).
+//!
+//! Knows functions and calling conventions. Knows nothing of Python stacks, captures or reports.
+
+pub mod calls;
+pub mod error;
+pub mod function;
+pub mod install;
+pub mod place;
+pub mod plan;
+pub mod region;
+pub mod stale;

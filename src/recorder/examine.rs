@@ -1,0 +1,199 @@
+//! What a process is, before anything is done to it: its modules, its Python, the entry points there are, and
+//! whatever speaks against recording it. Reads only: `doctor` prints it, `attach` acts on it.
+
+use super::RecordError;
+use crate::addr::RemoteAddr;
+use crate::cpython::allocators;
+use crate::cpython::{Flavour, Python};
+use crate::image::libc::{Libc, LibcKind, libc_of};
+use crate::image::{Module, modules};
+use crate::inferior::memory::ProcessMemory;
+use crate::inferior::{facts, maps};
+use crate::mapping::Mapping;
+use crate::probe::error::ProbeError;
+use crate::probe::function::{Domain, Member};
+use crate::probe::plan::{Definitions, Plan, TableWord, plan};
+use crate::probe::stale::{self, Stale};
+use crate::python_binary::binaries;
+
+/// A process, examined.
+pub struct Examined {
+    /// Its id.
+    pub pid: i32,
+    /// Its memory map.
+    pub maps: Vec<Mapping>,
+    /// Its ELF files, in lookup order.
+    pub modules: Vec<Module>,
+    /// Its C library.
+    pub libc: Option<Libc>,
+    /// Its Python.
+    pub python: Python,
+    /// What is to be observed.
+    pub plan: Plan,
+    /// Regions of an earlier heaptap.
+    pub stale: Vec<Stale>,
+    /// How the application uses SIGTRAP, if it does.
+    pub sigtrap: Option<String>,
+    /// Whether a thread runs under a seccomp filter.
+    pub seccomp: bool,
+}
+
+/// A module, as the plan wants to see it.
+struct ModuleDefinitions<'a> {
+    module: &'a Module,
+    path: String,
+    is_libc: bool,
+}
+
+impl Definitions for ModuleDefinitions<'_> {
+    fn path(&self) -> &str {
+        &self.path
+    }
+
+    fn function(&self, name: &str) -> Option<RemoteAddr> {
+        let symbol = self.module.exported_symbol(name).filter(|s| s.is_function())?;
+        Some(self.module.bias().to_remote(symbol.addr))
+    }
+
+    fn file_bytes(&self, addr: RemoteAddr, len: usize) -> Option<Vec<u8>> {
+        self.module.file_bytes(addr, len)
+    }
+
+    fn is_libc(&self) -> bool {
+        self.is_libc
+    }
+}
+
+/// Examines `pid`. With `python_allocators` the plan includes CPython's allocator tables.
+pub fn examine(pid: i32, python_allocators: bool) -> Result<Examined, RecordError> {
+    facts::check_attachable(pid)?;
+    let memory = ProcessMemory::new(pid);
+    let maps = maps::mappings(pid)?;
+    let modules = modules(pid, &maps, &memory)?;
+    let python = Python::locate(&memory, &binaries(&modules))?;
+    let libc = libc_of(&modules);
+    let words = if python_allocators { table_words(&python, &memory, &modules)? } else { Vec::new() };
+    let libc_index = libc.as_ref().map(|l| l.module);
+    let definitions: Vec<_> = modules
+        .iter()
+        .enumerate()
+        .map(|(i, module)| ModuleDefinitions {
+            module,
+            path: module.path().display().to_string(),
+            is_libc: Some(i) == libc_index,
+        })
+        .collect();
+    let plan = plan(pid, &definitions, words)?;
+    let stale = stale::find(&memory, &maps);
+    let seccomp = maps::status(pid, pid)?.seccomp.unwrap_or(0) != 0;
+    // The handler of a killed heaptap is no use that the application makes of SIGTRAP.
+    let sigtrap = if stale.is_empty() { sigtrap_use(pid)? } else { None };
+    Ok(Examined { pid, maps, modules, libc, python, plan, stale, sigtrap, seccomp })
+}
+
+fn table_words(
+    python: &Python,
+    memory: &ProcessMemory,
+    modules: &[Module],
+) -> Result<Vec<TableWord>, RecordError> {
+    let tables = allocators::find(memory, &binaries(modules), python)?;
+    Ok(tables.iter().flat_map(words_of).collect())
+}
+
+/// The four functions of a table; its first word is their context.
+fn words_of(table: &allocators::AllocatorTable) -> [TableWord; 4] {
+    let domain = match table.domain {
+        allocators::Domain::Raw => Domain::Raw,
+        allocators::Domain::Mem => Domain::Mem,
+        allocators::Domain::Object => Domain::Object,
+    };
+    let word = |member, index: u64, value| TableWord {
+        domain,
+        member,
+        word: table.address.offset(8 * index),
+        value,
+    };
+    [
+        word(Member::Malloc, 1, table.malloc),
+        word(Member::Calloc, 2, table.calloc),
+        word(Member::Realloc, 3, table.realloc),
+        word(Member::Free, 4, table.free),
+    ]
+}
+
+/// How the application uses SIGTRAP: then an int3 would change what it sees, or the kernel would reset what it set.
+pub fn sigtrap_use(pid: i32) -> Result<Option<String>, RecordError> {
+    let bit = 1_u64 << (libc::SIGTRAP - 1);
+    for tid in maps::tasks(pid)? {
+        let Ok(status) = maps::status(pid, tid) else { continue };
+        if status.caught & bit != 0 {
+            return Ok(Some("handles".into()));
+        }
+        if status.ignored & bit != 0 {
+            return Ok(Some("ignores".into()));
+        }
+        if status.blocked & bit != 0 && !blocked_for_a_moment(pid, tid, bit) {
+            return Ok(Some(format!("blocks (thread {tid})")));
+        }
+    }
+    Ok(None)
+}
+
+/// glibc blocks every signal for the moments in which a thread is born or ends. What is still blocked after some looks
+/// is the application's.
+fn blocked_for_a_moment(pid: i32, tid: i32, bit: u64) -> bool {
+    (0..20).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        maps::status(pid, tid).map_or(true, |s| s.blocked & bit == 0)
+    })
+}
+
+impl Examined {
+    /// Why this process can't be recorded though it can be looked at.
+    pub fn check_recordable(&self, unsafe_trap: bool) -> Result<(), RecordError> {
+        let refuse = |why: String| RecordError::NotRecordable { pid: self.pid, why };
+        if self.python.flavour == Flavour::FreeThreaded {
+            return Err(refuse(format!(
+                "CPython {} is a free-threaded build: its stacks can be read (`heaptap stacks`), recording it is not \
+                 supported yet",
+                self.python.version
+            )));
+        }
+        match &self.libc {
+            Some(libc) if libc.kind == LibcKind::Musl => {
+                return Err(refuse(
+                    "it runs on musl: its stacks can be read (`heaptap stacks`), recording it is not supported yet"
+                        .into(),
+                ));
+            }
+            Some(_) => {}
+            None => {
+                return Err(refuse("its C library is linked statically: no entry points are known".into()));
+            }
+        }
+        match &self.sigtrap {
+            Some(how) if !unsafe_trap => Err(ProbeError::SigtrapInUse { how: how.clone() }.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Name and version of the C library, such as `glibc 2.36`.
+    pub fn libc_name(&self) -> String {
+        match &self.libc {
+            Some(libc) => {
+                let kind = match libc.kind {
+                    LibcKind::Glibc => "glibc",
+                    LibcKind::Musl => "musl",
+                };
+                format!("{kind} {}", libc.version.as_deref().unwrap_or("of unknown version"))
+            }
+            None => "no C library".into(),
+        }
+    }
+
+    /// Path of the module whose `malloc` the process calls.
+    pub fn allocator_library(&self) -> String {
+        let index = self.libc.as_ref().and_then(|l| l.malloc);
+        index.map(|i| self.modules[i].path().display().to_string()).unwrap_or_default()
+    }
+}

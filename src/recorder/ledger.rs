@@ -1,0 +1,286 @@
+//! The ledger: turns what allocator calls came to into records, in an order that replays right.
+//!
+//! It knows which blocks are live, so that a free of a block from before the attach is told as such, and holds
+//! back what a call under way may give back. A `realloc` frees its block somewhere inside; another thread may
+//! be given that very address before the call's end is seen. So when an allocation lands on what a call under
+//! way holds, that call has let go of it: its free is written first. A call that fails gives nothing back.
+
+use super::RecordError;
+use crate::addr::RemoteAddr;
+use crate::capture::{
+    Allocation, AllocatorKind, CaptureWriter, Displaced, DropReason, FrameId, Free, FreeUnknown, LiveSet,
+    StackId, Unmap,
+};
+use crate::cpython::Location;
+use crate::probe::calls::Observation;
+use crate::probe::function::{Answer, Domain, Function, Member, Request};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Distinct locations remembered before the memory of them starts anew.
+const MAX_LOCATIONS: usize = 1 << 20;
+
+/// Something that a call under way may give back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    Block(RemoteAddr),
+    Range(RemoteAddr, u64),
+}
+
+#[derive(Debug, Clone, Copy)]
+struct UnderWay {
+    tid: i32,
+    held: Held,
+    function: Function,
+    written: bool,
+}
+
+/// A location by the identity of its parts; the parts are kept, so that an address stays theirs.
+type LocationKey = (usize, usize, u32);
+
+/// What the ledger counts beside the writer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Calls that gave nothing out.
+    pub failed: u64,
+    /// Unmaps of ranges that were not mapped while recording.
+    pub unmaps_unknown: u64,
+    /// Blocks given out at an address that was live: a free that was not seen.
+    pub missed_frees: u64,
+    /// Calls whose beginning or end was not seen.
+    pub unmatched: u64,
+}
+
+/// The ledger of one recording.
+pub struct Ledger {
+    writer: CaptureWriter,
+    live: LiveSet,
+    under_way: Vec<UnderWay>,
+    locations: HashMap<LocationKey, (Arc<str>, Arc<str>, FrameId)>,
+    frame_ids: Vec<FrameId>,
+    tally: Tally,
+    now_ns: u64,
+}
+
+impl Ledger {
+    /// An empty ledger that writes to `writer`. `page_size` is the target's, in bytes.
+    pub fn new(writer: CaptureWriter, page_size: u64) -> Self {
+        Self {
+            writer,
+            live: LiveSet::new(page_size),
+            under_way: Vec::new(),
+            locations: HashMap::new(),
+            frame_ids: Vec::new(),
+            tally: Tally::default(),
+            now_ns: 0,
+        }
+    }
+
+    /// Nanoseconds since recording began, true of the events that follow.
+    pub fn time(&mut self, now_ns: u64) {
+        self.now_ns = now_ns;
+        self.writer.time(now_ns);
+    }
+
+    /// What is live.
+    pub fn live(&self) -> &LiveSet {
+        &self.live
+    }
+
+    /// The writer.
+    pub fn writer(&mut self) -> &mut CaptureWriter {
+        &mut self.writer
+    }
+
+    /// What was counted.
+    pub fn tally(&self) -> Tally {
+        self.tally
+    }
+
+    /// The writer, to be finished.
+    pub fn into_writer(self) -> CaptureWriter {
+        self.writer
+    }
+
+    /// Takes an observation of thread `tid`; `stack` is the Python stack (innermost first) where memory was given out.
+    pub fn observe(
+        &mut self,
+        tid: i32,
+        observation: Observation,
+        stack: &[Location],
+    ) -> Result<(), RecordError> {
+        match observation {
+            Observation::Nothing => Ok(()),
+            Observation::Freed { function, address } => self.free_block(tid, function, address),
+            Observation::Begins { function, request } => {
+                self.begin(tid, function, request);
+                Ok(())
+            }
+            Observation::Ended { function, request, answer } => {
+                self.end(tid, function, request, answer, stack)
+            }
+            Observation::Unmatched => {
+                self.tally.unmatched += 1;
+                Ok(self.writer.dropped(1, DropReason::Unreadable)?)
+            }
+        }
+    }
+
+    /// The thread ended: what it had under way will not end.
+    pub fn forget(&mut self, tid: i32) {
+        self.under_way.retain(|u| u.tid != tid);
+    }
+
+    fn begin(&mut self, tid: i32, function: Function, request: Request) {
+        let held = match request {
+            Request::Reallocate { old, .. } => Held::Block(old),
+            // old_len 0 makes a second view of a shared mapping; the first stays.
+            Request::Remap { old, old_len, .. } if old_len > 0 => Held::Range(old, old_len),
+            Request::Unmap { address, len } => Held::Range(address, len),
+            _ => return,
+        };
+        self.forget(tid);
+        self.under_way.push(UnderWay { tid, held, function, written: false });
+    }
+
+    fn end(
+        &mut self,
+        tid: i32,
+        function: Function,
+        request: Request,
+        answer: Answer,
+        stack: &[Location],
+    ) -> Result<(), RecordError> {
+        let begun = self.under_way.iter().position(|u| u.tid == tid).map(|i| self.under_way.swap_remove(i));
+        if answer == Answer::Failed {
+            self.tally.failed += 1;
+            return Ok(());
+        }
+        if let Some(begun) = begun.filter(|b| !b.written) {
+            self.give_back(tid, function, begun.held)?;
+        }
+        let Answer::Address(address) = answer else { return Ok(()) };
+        let size = match request {
+            Request::Allocate { size } => size.unwrap_or(0),
+            Request::AllocateInto { size, .. } | Request::Reallocate { size, .. } => size,
+            Request::Map { len } | Request::Remap { len, .. } => len,
+            Request::Free { .. } | Request::Unmap { .. } | Request::Nothing => return Ok(()),
+        };
+        self.allocated(tid, function, address, size, stack)
+    }
+
+    fn allocated(
+        &mut self,
+        tid: i32,
+        function: Function,
+        address: RemoteAddr,
+        size: u64,
+        stack: &[Location],
+    ) -> Result<(), RecordError> {
+        self.let_go_of_overlapped(address, size)?;
+        let stack = self.intern(stack)?;
+        let event = Allocation { allocator: kind(function), tid: tid as u32, address, size, stack };
+        if let Displaced::Block(_) = self.live.allocate(&event, self.now_ns) {
+            self.tally.missed_frees += 1;
+        }
+        Ok(self.writer.allocation(event)?)
+    }
+
+    /// What calls under way hold and an allocation now covers, they have given back.
+    fn let_go_of_overlapped(&mut self, address: RemoteAddr, size: u64) -> Result<(), RecordError> {
+        for i in 0..self.under_way.len() {
+            let u = self.under_way[i];
+            let overlaps = match u.held {
+                Held::Block(old) => old == address,
+                Held::Range(start, len) => {
+                    address.0 < start.0.saturating_add(len) && start.0 < address.0.saturating_add(size)
+                }
+            };
+            if overlaps && !u.written {
+                self.give_back(u.tid, u.function, u.held)?;
+                self.under_way[i].written = true;
+            }
+        }
+        Ok(())
+    }
+
+    fn give_back(&mut self, tid: i32, function: Function, held: Held) -> Result<(), RecordError> {
+        match held {
+            Held::Block(address) => self.free_block(tid, function, address),
+            Held::Range(address, len) => {
+                let event = Unmap { tid: tid as u32, address, len };
+                if self.live.unmap(&event).is_empty() {
+                    self.tally.unmaps_unknown += 1;
+                }
+                Ok(self.writer.unmap(event)?)
+            }
+        }
+    }
+
+    fn free_block(&mut self, tid: i32, function: Function, address: RemoteAddr) -> Result<(), RecordError> {
+        let (deallocator, tid) = (kind(function), tid as u32);
+        if self.live.free(address).is_some() {
+            Ok(self.writer.free(Free { deallocator, tid, address })?)
+        } else {
+            Ok(self.writer.free_unknown(FreeUnknown { deallocator, tid, address })?)
+        }
+    }
+
+    fn intern(&mut self, stack: &[Location]) -> Result<StackId, RecordError> {
+        if self.locations.len() > MAX_LOCATIONS {
+            self.locations.clear();
+        }
+        self.frame_ids.clear();
+        for location in stack {
+            let line = location.line.unwrap_or(0);
+            let key = (location.function.as_ptr() as usize, location.file.as_ptr() as usize, line);
+            let id = match self.locations.get(&key) {
+                Some((_, _, id)) => *id,
+                None => {
+                    let id = self.writer.intern_frame(&location.function, &location.file, line)?;
+                    self.locations.insert(key, (location.function.clone(), location.file.clone(), id));
+                    id
+                }
+            };
+            self.frame_ids.push(id);
+        }
+        Ok(self.writer.intern_stack(&self.frame_ids)?)
+    }
+}
+
+/// The capture's name of a function.
+pub fn kind(function: Function) -> AllocatorKind {
+    use AllocatorKind as K;
+    match function {
+        Function::Malloc => K::Malloc,
+        Function::Calloc => K::Calloc,
+        Function::Realloc => K::Realloc,
+        Function::Free => K::Free,
+        Function::PosixMemalign => K::PosixMemalign,
+        Function::AlignedAlloc => K::AlignedAlloc,
+        Function::Memalign => K::Memalign,
+        Function::Valloc => K::Valloc,
+        Function::Pvalloc => K::Pvalloc,
+        Function::Mmap => K::Mmap,
+        Function::Munmap => K::Munmap,
+        Function::Mremap => K::Mremap,
+        Function::Python(Domain::Object, member) => match member {
+            Member::Malloc => K::ObjectMalloc,
+            Member::Calloc => K::ObjectCalloc,
+            Member::Realloc => K::ObjectRealloc,
+            Member::Free => K::ObjectFree,
+        },
+        Function::Python(Domain::Mem, member) => match member {
+            Member::Malloc => K::MemMalloc,
+            Member::Calloc => K::MemCalloc,
+            Member::Realloc => K::MemRealloc,
+            Member::Free => K::MemFree,
+        },
+        Function::Python(Domain::Raw, member) => match member {
+            Member::Malloc => K::RawMalloc,
+            Member::Calloc => K::RawCalloc,
+            Member::Realloc => K::RawRealloc,
+            Member::Free => K::RawFree,
+        },
+    }
+}

@@ -1,0 +1,64 @@
+//! Recording: [`examine`] a process, attach, drain a [`source`] of events into the [`ledger`], write the
+//! capture, let go.
+//!
+//! Knows live processes and the capture's writer; knows nothing of reports or of the command line.
+
+pub mod examine;
+pub mod header;
+pub mod ledger;
+pub mod record;
+pub mod source;
+pub mod thread_names;
+pub mod trap;
+
+use crate::capture::CaptureError;
+use crate::cpython::allocators::AllocatorsError;
+use crate::cpython::{LayoutError, LocateError};
+use crate::image::ImageError;
+use crate::inferior::error::{AttachError, TraceError};
+use crate::inferior::maps::FactError;
+use crate::memory::ReadError;
+use crate::probe::error::ProbeError;
+
+/// Why a recording could not be made, or ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The process can't be attached to.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// Its files can't be read.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// No supported CPython is in it.
+    #[error(transparent)]
+    Locate(#[from] LocateError),
+    /// CPython's allocator tables can't be found.
+    #[error(transparent)]
+    Allocators(#[from] AllocatorsError),
+    /// The layout does not fit it.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// It is understood, but not supported.
+    #[error("process {pid} can't be recorded: {why}")]
+    NotRecordable {
+        /// The process.
+        pid: i32,
+        /// Why not.
+        why: String,
+    },
+    /// The probes could not be planted or lifted.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    /// A request to it failed.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// Something about it can't be learnt.
+    #[error(transparent)]
+    Fact(#[from] FactError),
+    /// Its memory can't be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The capture can't be written.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+}

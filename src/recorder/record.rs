@@ -1,0 +1,415 @@
+//! One recording from attach to detach: the order of steps, the clock, the reasons to end.
+//!
+//! Everything is checked before the first byte is written into the target; whatever fails, the target is let go
+//! as it was found.
+
+use super::RecordError;
+use super::examine::{Examined, examine};
+use super::header::{PAGE_SIZE, executable, header, unix_ns};
+use super::ledger::{Ledger, Tally};
+use super::source::{RecordSource, SourceEvent};
+use super::thread_names::ThreadNames;
+use super::trap::{StackReader, TrapSource};
+use crate::capture::{CaptureWriter, Counters, EndReason, Header, Trailer};
+use crate::inferior::error::TraceError;
+use crate::inferior::stop::StopEvent;
+use crate::inferior::{Inferior, sys};
+use crate::probe::error::ProbeError;
+use crate::probe::install::{self, LeftBehind};
+use crate::probe::stale;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How often a signal of ours ends the wait for events, so that clock and requests are seen.
+const TICK: Duration = Duration::from_millis(100);
+/// How often what was recorded is handed to the kernel.
+const FLUSH_EVERY: Duration = Duration::from_secs(1);
+/// Events between two looks at the clock for the progress and the deadline.
+const EVENTS_PER_LOOK: u32 = 64;
+
+/// What is to be recorded.
+#[derive(Debug, Clone)]
+pub struct RecordOptions {
+    /// The target.
+    pub pid: i32,
+    /// The capture.
+    pub output: PathBuf,
+    /// Write over an existing capture.
+    pub force: bool,
+    /// End after this time.
+    pub duration: Option<Duration>,
+    /// Observe CPython's allocator tables, too.
+    pub python_allocators: bool,
+    /// Plant traps even where the target uses SIGTRAP itself.
+    pub unsafe_trap: bool,
+}
+
+/// What the caller is told while it goes on.
+pub trait Observer {
+    /// The breakpoints are in.
+    fn recording(&mut self, examined: &Examined);
+    /// Now and then.
+    fn progress(&mut self, progress: Progress);
+}
+
+/// How far it is.
+#[derive(Debug, Clone, Copy)]
+pub struct Progress {
+    /// Since recording began.
+    pub elapsed: Duration,
+    /// The writer's counters.
+    pub counters: Counters,
+    /// Bytes live.
+    pub live_bytes: u64,
+    /// Bytes of the capture so far.
+    pub file_bytes: u64,
+}
+
+/// A recording that ended.
+#[derive(Debug, Clone)]
+pub struct Summary {
+    /// Why.
+    pub reason: EndReason,
+    /// How long.
+    pub elapsed: Duration,
+    /// What was counted.
+    pub counters: Counters,
+    /// What else was counted.
+    pub tally: Tally,
+    /// Stacks that could not be read.
+    pub unreadable_stacks: u64,
+    /// What could not be taken back.
+    pub left: LeftBehind,
+    /// Bytes of the capture.
+    pub file_bytes: u64,
+    /// Why recording ended early, when it did by an error. The target was let go all the same.
+    pub failed: Option<String>,
+}
+
+/// Records a process from outside, until something ends it.
+pub fn record(options: &RecordOptions, observer: &mut dyn Observer) -> Result<Summary, RecordError> {
+    let examined = examine(options.pid, options.python_allocators)?;
+    examined.check_recordable(options.unsafe_trap)?;
+    sys::install_stop_signals(TICK).map_err(TraceError::Wait)?;
+    let mut output = Output::prepare(options, header(&examined, options.python_allocators))?;
+    match attach(options, &examined, &mut output) {
+        Ok((source, writer)) => Session::new(source, writer, options, &examined).run(observer),
+        Err(error) => {
+            output.discard();
+            Err(error)
+        }
+    }
+}
+
+/// The capture file, made before the target is stopped where that can't lose anything.
+struct Output {
+    path: PathBuf,
+    force: bool,
+    header: Header,
+    writer: Option<CaptureWriter>,
+    created: bool,
+}
+
+impl Output {
+    fn prepare(options: &RecordOptions, header: Header) -> Result<Self, RecordError> {
+        let mut output =
+            Self { path: options.output.clone(), force: options.force, header, writer: None, created: false };
+        // What --force would write over is kept until the target is known to be recordable.
+        if !(options.force && exists(&output.path)) {
+            output.writer = Some(CaptureWriter::create(&output.path, options.force, &output.header)?);
+            output.created = true;
+        }
+        Ok(output)
+    }
+
+    fn take(&mut self) -> Result<CaptureWriter, RecordError> {
+        match self.writer.take() {
+            Some(writer) => Ok(writer),
+            None => Ok(CaptureWriter::create(&self.path, self.force, &self.header)?),
+        }
+    }
+
+    /// The attach was refused: the file that was made for it goes.
+    fn discard(self) {
+        drop(self.writer);
+        let is_file = self.path.symlink_metadata().is_ok_and(|m| m.is_file());
+        if self.created
+            && is_file
+            && let Err(e) = std::fs::remove_file(&self.path)
+        {
+            tracing::warn!("cannot remove {}: {e}", self.path.display());
+        }
+    }
+}
+
+fn exists(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}
+
+/// Stops the target, checks it, plants the probes. On failure the target runs on as it was.
+fn attach(
+    options: &RecordOptions,
+    examined: &Examined,
+    output: &mut Output,
+) -> Result<(TrapSource, CaptureWriter), RecordError> {
+    let mut inferior = Inferior::seize(options.pid)?;
+    match plant(&mut inferior, options, examined, output) {
+        Ok((installed, writer)) => {
+            let reader = StackReader::new(examined.python.clone(), *inferior.memory());
+            Ok((TrapSource::new(inferior, installed, reader), writer))
+        }
+        Err(error) => {
+            if let Err(e) = inferior.detach() {
+                tracing::warn!("letting go of process {} after a refused attach: {e}", options.pid);
+            }
+            Err(error)
+        }
+    }
+}
+
+fn plant(
+    inferior: &mut Inferior,
+    options: &RecordOptions,
+    examined: &Examined,
+    output: &mut Output,
+) -> Result<(install::Installed, CaptureWriter), RecordError> {
+    inferior.stop()?;
+    let tids = own_tids(inferior);
+    examined.python.self_test(inferior.memory(), &tids)?;
+    if examined.seccomp {
+        inferior.suspend_filters().map_err(|errno| ProbeError::Seccomp { errno })?;
+    }
+    if !examined.stale.is_empty() {
+        let left = stale::remove(inferior, &examined.stale)?;
+        if let Some(why) = left.why.first() {
+            return Err(RecordError::NotRecordable {
+                pid: options.pid,
+                why: format!("thunks of a killed heaptap can't be removed yet: {why}; try again"),
+            });
+        }
+    }
+    let writer = output.take()?;
+    let how = install::Options { unsafe_trap: options.unsafe_trap, may_heal: !examined.seccomp };
+    let installed = install::install(inferior, &examined.plan, how)?;
+    Ok((installed, writer))
+}
+
+/// The thread ids as the target's own pid namespace numbers them.
+fn own_tids(inferior: &Inferior) -> Vec<i32> {
+    let pid = inferior.pid();
+    let inner = |tid: i32| {
+        let status = crate::inferior::maps::status(pid, tid).ok()?;
+        status.ns_pids.last().copied()
+    };
+    inferior.tids().into_iter().map(|tid| inner(tid).unwrap_or(tid)).collect()
+}
+
+/// A recording under way.
+struct Session<'a> {
+    source: TrapSource,
+    ledger: Ledger,
+    names: ThreadNames,
+    options: &'a RecordOptions,
+    examined: &'a Examined,
+    start: Instant,
+    flushed: Instant,
+    events_until_look: u32,
+}
+
+/// Why the loop ended.
+enum End {
+    /// The probes are to be lifted.
+    Detach(EndReason),
+    /// The process executed another program: only letting go is left.
+    Executed,
+    /// There is no process any more.
+    Gone(EndReason),
+    /// An error.
+    Failed(RecordError),
+}
+
+impl<'a> Session<'a> {
+    fn new(
+        source: TrapSource,
+        writer: CaptureWriter,
+        options: &'a RecordOptions,
+        examined: &'a Examined,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            source,
+            ledger: Ledger::new(writer, PAGE_SIZE),
+            names: ThreadNames::default(),
+            options,
+            examined,
+            start: now,
+            flushed: now,
+            events_until_look: EVENTS_PER_LOOK,
+        }
+    }
+
+    fn run(mut self, observer: &mut dyn Observer) -> Result<Summary, RecordError> {
+        let end = match self.source.start() {
+            Ok(()) => {
+                observer.recording(self.examined);
+                self.drain(observer)
+            }
+            Err(error) => End::Failed(error.into()),
+        };
+        self.close(end)
+    }
+
+    fn drain(&mut self, observer: &mut dyn Observer) -> End {
+        loop {
+            let event = match self.source.next() {
+                Ok(event) => event,
+                Err(error) => return End::Failed(error),
+            };
+            match event {
+                SourceEvent::Call { tid, observation } => {
+                    if let Err(error) = self.on_call(tid, observation) {
+                        return End::Failed(error);
+                    }
+                    self.events_until_look -= 1;
+                    if self.events_until_look > 0 && !sys::ticked() {
+                        continue;
+                    }
+                }
+                SourceEvent::ThreadEnded(tid) => {
+                    self.ledger.forget(tid);
+                    self.names.forget(tid);
+                }
+                SourceEvent::Executed => return End::Executed,
+                SourceEvent::Ended(event) => return End::Gone(reason(event)),
+                SourceEvent::Idle => {}
+            }
+            self.events_until_look = EVENTS_PER_LOOK;
+            match self.look_at_the_clock(observer) {
+                Ok(None) => {}
+                Ok(Some(reason)) => return End::Detach(reason),
+                Err(error) => return End::Failed(error),
+            }
+        }
+    }
+
+    fn on_call(
+        &mut self,
+        tid: i32,
+        observation: crate::probe::calls::Observation,
+    ) -> Result<(), RecordError> {
+        self.ledger.time(self.start.elapsed().as_nanos() as u64);
+        let (python, memory) = (self.source.reader().python(), self.source.inferior().memory());
+        self.names.saw(self.options.pid, tid, python, memory, &mut self.ledger)?;
+        self.ledger.observe(tid, observation, self.source.stack())?;
+        self.source.proceed()
+    }
+
+    /// Flushes, tells the progress, and answers why to end, if there is a reason.
+    fn look_at_the_clock(&mut self, observer: &mut dyn Observer) -> Result<Option<EndReason>, RecordError> {
+        let elapsed = self.start.elapsed();
+        if self.flushed.elapsed() >= FLUSH_EVERY {
+            self.flushed = Instant::now();
+            let (python, memory) = (self.source.reader().python(), self.source.inferior().memory());
+            self.names.refresh(self.options.pid, python, memory, &mut self.ledger)?;
+            self.ledger.writer().flush()?;
+        }
+        observer.progress(Progress {
+            elapsed,
+            counters: self.ledger.writer().counters(),
+            live_bytes: self.ledger.live().live_bytes(),
+            file_bytes: self.ledger.writer().bytes_written(),
+        });
+        if let Some(signal) = sys::requested_stop() {
+            return Ok(Some(EndReason::Interrupted { signal: signal_name(signal) }));
+        }
+        Ok(self.options.duration.filter(|d| elapsed >= *d).map(|_| EndReason::Duration))
+    }
+
+    /// Lets go of the target, whatever happened, then ends the capture.
+    fn close(self, end: End) -> Result<Summary, RecordError> {
+        let Self { source, mut ledger, start, options, .. } = self;
+        let elapsed = start.elapsed();
+        let unreadable_stacks = source.reader().unreadable;
+        let mut failed = None;
+        let (reason, leaving) = match end {
+            End::Gone(reason) => (reason, Leaving::Nothing),
+            End::Executed => (EndReason::TargetExec { path: executable(options.pid) }, Leaving::Detach),
+            End::Detach(reason) => (reason, Leaving::Lift),
+            End::Failed(error) => {
+                let message = error.to_string();
+                failed = Some(error);
+                (EndReason::ControllerError { message }, Leaving::Lift)
+            }
+        };
+        let left = match leaving {
+            Leaving::Nothing => LeftBehind::default(),
+            Leaving::Detach => source.abandon().map(|()| LeftBehind::default())?,
+            Leaving::Lift => source.finish(&mut |tid, observation, stack| {
+                if let Err(error) = ledger.observe(tid, observation, stack) {
+                    failed.get_or_insert(error);
+                }
+            })?,
+        };
+        let summary = finish(ledger, reason, elapsed, left, unreadable_stacks);
+        match (failed, summary) {
+            (Some(error), Ok(summary)) => Ok(Summary { failed: Some(error.to_string()), ..summary }),
+            (Some(error), Err(_)) => Err(error),
+            (None, summary) => summary,
+        }
+    }
+}
+
+/// What letting go takes.
+enum Leaving {
+    /// There is nobody.
+    Nothing,
+    /// Nothing of ours is in it.
+    Detach,
+    /// The probes have to be lifted.
+    Lift,
+}
+
+fn finish(
+    ledger: Ledger,
+    reason: EndReason,
+    elapsed: Duration,
+    left: LeftBehind,
+    unreadable_stacks: u64,
+) -> Result<Summary, RecordError> {
+    let tally = ledger.tally();
+    let mut ledger = ledger;
+    let counters = Counters {
+        unmaps_unknown: tally.unmaps_unknown,
+        failed_allocations: tally.failed,
+        peak_live_bytes: ledger.live().peak_bytes(),
+        live_bytes: ledger.live().live_bytes(),
+        live_blocks: ledger.live().live_blocks() as u64,
+        ..ledger.writer().counters()
+    };
+    ledger.writer().flush()?;
+    let writer = ledger.into_writer();
+    let file_bytes = writer.bytes_written();
+    let trailer = Trailer {
+        end_unix_ns: unix_ns(),
+        duration_ns: elapsed.as_nanos() as u64,
+        reason: reason.clone(),
+        counters,
+    };
+    writer.finish(trailer)?;
+    Ok(Summary { reason, elapsed, counters, tally, unreadable_stacks, left, file_bytes, failed: None })
+}
+
+/// Why recording ended, when the process did.
+fn reason(event: StopEvent) -> EndReason {
+    match event {
+        StopEvent::Exited(code) => EndReason::TargetExited { code },
+        StopEvent::Killed(signal) => EndReason::TargetKilled { signal: signal_name(signal) },
+        _ => EndReason::Unknown,
+    }
+}
+
+/// `SIGTERM`, or `signal 34` for one without a name.
+fn signal_name(signal: i32) -> String {
+    nix::sys::signal::Signal::try_from(signal)
+        .map_or_else(|_| format!("signal {signal}"), |s| s.as_str().to_string())
+}

@@ -1,0 +1,219 @@
+//! The source of the trap kind: every event is a stop of the thread that allocates; its registers and its Python
+//! frames are read from outside.
+//!
+//! The stack is read when the call returns: it is the stack it had at the entry, and a failed call costs none.
+
+use super::RecordError;
+use super::source::{RecordSource, SourceEvent};
+use crate::cpython::{CodeTable, Location, PageCache, Python, RawFrame};
+use crate::inferior::error::TraceError;
+use crate::inferior::memory::ProcessMemory;
+use crate::inferior::sys::{Registers, Wait};
+use crate::inferior::{Inferior, Notice, maps};
+use crate::probe::calls::Observation;
+use crate::probe::function::Answer;
+use crate::probe::install::{Installed, LeftBehind};
+
+/// Frames of a stack that are kept; deeper ones are cut, and say so.
+pub const MAX_DEPTH: usize = 1024;
+/// Polls before the recorder sleeps in the kernel: a busy target's next stop is mostly a few µs away, and a
+/// sleep costs two switches of context.
+const SPINS: u32 = 200;
+
+/// Reads the Python stacks of stopped threads.
+pub struct StackReader {
+    python: Python,
+    codes: CodeTable,
+    memory: ProcessMemory,
+    frames: Vec<RawFrame>,
+    stack: Vec<Location>,
+    cut: Location,
+    /// Stacks that could not be read though the thread has a Python state.
+    pub unreadable: u64,
+}
+
+impl StackReader {
+    /// A reader for the threads of `python`.
+    pub fn new(python: Python, memory: ProcessMemory) -> Self {
+        let codes = python.code_table();
+        let cut = Location { function: "<deeper frames not kept>".into(), file: "".into(), line: None };
+        Self { python, codes, memory, frames: Vec::new(), stack: Vec::new(), cut, unreadable: 0 }
+    }
+
+    /// Reads the stack of a stopped thread, innermost first; empty for a thread without a Python state.
+    pub fn read(&mut self, tid: i32, regs: &Registers) -> &[Location] {
+        self.frames.clear();
+        self.stack.clear();
+        let memory = PageCache::new(&self.memory);
+        let walked = match self.python.thread_state_of(&memory, tid, regs.fs_base) {
+            Ok(Some(tstate)) => {
+                self.python.walk(&memory, tstate, &mut self.frames, MAX_DEPTH).map_err(|_| ())
+            }
+            Ok(None) => return &self.stack,
+            Err(_) => Err(()),
+        };
+        match walked {
+            Ok(walk) => {
+                self.codes.resolve(&self.memory, &self.frames, &mut self.stack);
+                if walk.truncated {
+                    self.stack.push(self.cut.clone());
+                }
+            }
+            Err(()) => self.unreadable += 1,
+        }
+        &self.stack
+    }
+
+    /// The interpreter.
+    pub fn python(&self) -> &Python {
+        &self.python
+    }
+}
+
+/// Events by breakpoint traps.
+pub struct TrapSource {
+    inferior: Inferior,
+    installed: Installed,
+    reader: StackReader,
+    /// The thread that waits for [`RecordSource::proceed`].
+    stopped: Option<i32>,
+    spins: u32,
+}
+
+impl TrapSource {
+    /// Takes over a process in which the probes are planted. It may be stopped.
+    pub fn new(inferior: Inferior, installed: Installed, reader: StackReader) -> Self {
+        Self { inferior, installed, reader, stopped: None, spins: 0 }
+    }
+
+    /// The process.
+    pub fn inferior(&self) -> &Inferior {
+        &self.inferior
+    }
+
+    /// What reads the stacks.
+    pub fn reader(&self) -> &StackReader {
+        &self.reader
+    }
+
+    /// Lets the stopped world run.
+    pub fn start(&mut self) -> Result<(), TraceError> {
+        self.inferior.resume()
+    }
+
+    /// Lifts the probes and lets go. `see` is told of calls that ended meanwhile, with their stacks.
+    pub fn finish(
+        self,
+        see: &mut dyn FnMut(i32, Observation, &[Location]),
+    ) -> Result<LeftBehind, RecordError> {
+        let Self { mut inferior, mut installed, mut reader, .. } = self;
+        if inferior.has_ended() {
+            return Ok(LeftBehind::default());
+        }
+        let lifted = match inferior.stop() {
+            Ok(()) => installed.lift(&mut inferior, &mut |_, tid, regs, observation| {
+                let stack = if gives_out(&observation) { reader.read(tid, regs) } else { &[] };
+                see(tid, observation, stack);
+            }),
+            Err(error) => Err(error.into()),
+        };
+        let ended = inferior.has_ended();
+        let let_go = inferior.detach();
+        match lifted {
+            Err(_) if ended => Ok(LeftBehind::default()),
+            Err(error) => Err(error.into()),
+            Ok(left) => {
+                let_go?;
+                Ok(left)
+            }
+        }
+    }
+
+    /// Lets go of a process that executed another program: nothing of ours is in it.
+    pub fn abandon(self) -> Result<(), TraceError> {
+        self.inferior.detach()
+    }
+
+    fn on_trap(&mut self, tid: i32) -> Result<SourceEvent, RecordError> {
+        self.stopped = Some(tid);
+        let Some((trap, regs)) = self.installed.trap_of(&self.inferior, tid)? else {
+            // Not ours: the application gets its signal.
+            self.proceed()?;
+            return Ok(SourceEvent::Idle);
+        };
+        self.inferior.drop_signal(tid);
+        let memory = *self.inferior.memory();
+        let hit = self.installed.calls().hit(tid, trap, &regs, &memory);
+        if let Some(to) = hit.goes_on {
+            self.inferior.set_rip(tid, to)?;
+        }
+        self.repair_if_reset(tid)?;
+        if gives_out(&hit.observation) {
+            self.reader.read(tid, &regs);
+        }
+        Ok(SourceEvent::Call { tid, observation: hit.observation })
+    }
+
+    /// An int3 met with SIGTRAP blocked made the kernel reset its disposition and unblock it. That the mask has
+    /// other signals says that it may have been so; the process's caught signals say whether it was.
+    fn repair_if_reset(&mut self, tid: i32) -> Result<(), RecordError> {
+        let mask = self.inferior.mask(tid)?;
+        if mask == 0 || !self.installed.has_handler() {
+            return Ok(());
+        }
+        let pid = self.inferior.pid();
+        let Ok(status) = maps::status(pid, tid) else { return Ok(()) };
+        if status.caught & (1 << (libc::SIGTRAP - 1)) == 0 {
+            self.installed.repair(&mut self.inferior, tid, mask)?;
+        }
+        Ok(())
+    }
+}
+
+fn gives_out(observation: &Observation) -> bool {
+    matches!(observation, Observation::Ended { answer: Answer::Address(_), .. })
+}
+
+/// A request that finds its thread gone is no failure: its end is told by an event to come.
+fn gone_is_idle(result: Result<SourceEvent, RecordError>) -> Result<SourceEvent, RecordError> {
+    match result {
+        Err(RecordError::Trace(TraceError::Gone { .. })) => Ok(SourceEvent::Idle),
+        other => other,
+    }
+}
+
+impl RecordSource for TrapSource {
+    fn next(&mut self) -> Result<SourceEvent, RecordError> {
+        self.proceed()?;
+        let how = if self.spins < SPINS { Wait::Poll } else { Wait::Block };
+        let Some(notice) = self.inferior.next(how)? else {
+            self.spins += 1;
+            return Ok(SourceEvent::Idle);
+        };
+        self.spins = 0;
+        match notice {
+            Notice::Trap(tid) => gone_is_idle(self.on_trap(tid)),
+            Notice::Forked(child) => {
+                self.installed.free_child(&mut self.inferior, child)?;
+                Ok(SourceEvent::Idle)
+            }
+            Notice::ThreadEnded(tid) => {
+                self.installed.calls().forget(tid);
+                Ok(SourceEvent::ThreadEnded(tid))
+            }
+            Notice::Executed => Ok(SourceEvent::Executed),
+            Notice::Ended(how) => Ok(SourceEvent::Ended(how)),
+        }
+    }
+
+    fn stack(&self) -> &[Location] {
+        &self.reader.stack
+    }
+
+    fn proceed(&mut self) -> Result<(), RecordError> {
+        if let Some(tid) = self.stopped.take() {
+            self.inferior.let_go(tid)?;
+        }
+        Ok(())
+    }
+}

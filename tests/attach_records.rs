@@ -1,0 +1,129 @@
+//! Every fixture on every interpreter, attached to by pid and recorded: what the capture holds is what the fixture
+//! did, to the record, and nothing is left in the process afterwards.
+
+mod common;
+
+use common::snapshot::assert_left_no_trace;
+use common::truth::Truth;
+use common::{Python, Recording, Snapshot, Target, for_each_python};
+
+/// One attach: start, record one "go", stop, compare.
+fn records_of(python: &Python, program: &str, arguments: &[&str]) {
+    let mut target = Target::start(python, program);
+    let before = Snapshot::take(target.pid());
+    let recording = Recording::attach(&target, arguments);
+    let truth = Truth::from_json(target.go());
+    let capture = recording.stop();
+    capture.assert_code(0);
+    assert_left_no_trace(&before, &mut target);
+    truth.assert_matches(&capture.dump());
+    assert!(target.exit().success(), "{program} does not end well after the detach");
+}
+
+fn on_all(program: &str, arguments: &[&str]) {
+    for_each_python(Python::records_promised, |python| records_of(python, program, arguments));
+}
+
+#[test]
+fn blocks_of_the_c_library() {
+    on_all("libc_blocks.py", &[]);
+}
+
+#[test]
+fn aligned_blocks() {
+    on_all("libc_aligned.py", &[]);
+}
+
+#[test]
+fn mappings_whole_moved_and_partly_given_back() {
+    on_all("mappings.py", &[]);
+}
+
+#[test]
+fn failed_requests_are_no_records() {
+    on_all("failing.py", &[]);
+}
+
+#[test]
+fn blocks_from_before_the_attach_are_called_unknown() {
+    on_all("before_attach.py", &[]);
+}
+
+#[test]
+fn the_high_water_mark() {
+    on_all("high_water.py", &[]);
+}
+
+#[test]
+fn every_shape_of_python_frame() {
+    on_all("call_shapes.py", &[]);
+}
+
+#[test]
+fn threads_with_and_without_a_python_state() {
+    on_all("threads.py", &[]);
+}
+
+#[test]
+fn two_hundred_threads_being_born_and_dying() {
+    on_all("thread_churn.py", &[]);
+}
+
+#[test]
+fn large_python_objects() {
+    on_all("large_objects.py", &[]);
+}
+
+#[test]
+fn small_python_objects() {
+    on_all("small_objects.py", &["--python-allocators"]);
+}
+
+#[test]
+fn forks_are_not_followed_and_not_harmed() {
+    on_all("forking.py", &[]);
+}
+
+/// The preloaded allocator answers instead of libc; only interpreters of this machine can load this machine's file.
+#[test]
+fn a_preloaded_allocator() {
+    for library in ["libjemalloc.so.2", "libtcmalloc_minimal.so.4"] {
+        let path = common::pythons::cache().join("allocators").join(library);
+        if !path.exists() {
+            common::missing(&format!("{library}: not in the cache (scripts/fetch-interpreters allocators)"));
+            continue;
+        }
+        let here = |python: &Python| python.records_promised() && python.root.is_none();
+        for_each_python(here, |python| {
+            for program in ["libc_blocks.py", "libc_aligned.py", "threads.py"] {
+                let mut target = Target::builder(python, program).preload(path.to_str().unwrap()).start();
+                let maps = std::fs::read_to_string(format!("/proc/{}/maps", target.pid())).unwrap();
+                assert!(maps.contains(library), "{library} was not preloaded");
+                let before = Snapshot::take(target.pid());
+                let recording = Recording::attach(&target, &[]);
+                let truth = Truth::from_json(target.go());
+                let capture = recording.stop();
+                capture.assert_code(0);
+                assert_left_no_trace(&before, &mut target);
+                truth.assert_matches(&capture.dump());
+            }
+        });
+    }
+}
+
+#[test]
+fn a_second_recording_after_the_first() {
+    for_each_python(Python::records_promised, |python| {
+        let mut target = Target::start(python, "libc_blocks.py");
+        let before = Snapshot::take(target.pid());
+        for _ in 0..3 {
+            let recording = Recording::attach(&target, &[]);
+            let truth = Truth::from_json(target.go());
+            let capture = recording.stop();
+            truth.assert_matches(&capture.assert_code(0).dump());
+            assert_left_no_trace(&before, &mut target);
+        }
+        // Work between and after recordings is nobody's business and goes on.
+        target.go();
+    });
+}

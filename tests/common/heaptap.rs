@@ -1,0 +1,175 @@
+//! The binary under test: as a plain command, and as a recording that is started, awaited and ended by SIGINT.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::Target;
+use super::dump::Dump;
+use super::target::listen;
+
+/// How long attaching, and ending a recording, may take on a loaded machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The binary that cargo built for this test run.
+pub fn heaptap() -> Command {
+    Command::new(assert_cmd::cargo::cargo_bin!("heaptap"))
+}
+
+/// Runs the binary and returns what it said; panics unless it ended with `code`.
+pub fn heaptap_says(code: i32, arguments: &[&str]) -> Output {
+    let output = heaptap().args(arguments).output().expect("heaptap starts");
+    assert_eq!(
+        output.status.code(),
+        Some(code),
+        "heaptap {arguments:?}:\n{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    output
+}
+
+/// `heaptap attach` at work on a target. Dropping it kills the recorder, not the target.
+pub struct Recording {
+    child: Child,
+    stderr: Receiver<String>,
+    heard: Vec<String>,
+    folder: tempfile::TempDir,
+}
+
+/// A finished recording.
+pub struct Capture {
+    /// The capture file; gone when this is dropped.
+    pub path: PathBuf,
+    /// How `heaptap attach` ended.
+    pub status: ExitStatus,
+    /// What it wrote to stderr.
+    pub stderr: String,
+    _folder: tempfile::TempDir,
+}
+
+impl Recording {
+    /// Attaches by pid and returns once the breakpoints are in.
+    pub fn attach(target: &Target, arguments: &[&str]) -> Recording {
+        Recording::try_attach(target.pid(), arguments).unwrap_or_else(|refusal| panic!("attach: {refusal}"))
+    }
+
+    /// The same; an attach that ends before it records returns its exit status and what it said.
+    pub fn try_attach(pid: i32, arguments: &[&str]) -> Result<Recording, String> {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let mut command = heaptap();
+        command.args(["attach", "--pid", &pid.to_string(), "-o"]).arg(folder.path().join("capture.heaptap"));
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("heaptap starts");
+        // The line may come on either; both are read to their end so that the recorder never blocks on them.
+        let stderr = child.stderr.take().expect("stderr was piped");
+        let stdout = child.stdout.take().expect("stdout was piped");
+        let (sender, receiver) = std::sync::mpsc::channel();
+        for stream in [Box::new(stdout) as Box<dyn Read + Send>, Box::new(stderr)] {
+            let (lines, sender) = (listen(stream), sender.clone());
+            std::thread::spawn(move || lines.into_iter().try_for_each(|line| sender.send(line)));
+        }
+        drop(sender);
+        let mut recording = Recording { child, stderr: receiver, heard: Vec::new(), folder };
+        recording.wait_until_recording()?;
+        Ok(recording)
+    }
+
+    fn wait_until_recording(&mut self) -> Result<(), String> {
+        loop {
+            match self.stderr.recv_timeout(PATIENCE) {
+                Ok(line) => {
+                    self.heard.push(line.clone());
+                    if line.starts_with("recording") {
+                        return Ok(());
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(format!("silent for {PATIENCE:?}: {:?}", self.heard));
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    let status = self.wait();
+                    return Err(format!("{status}: {}", self.heard.join("\n")));
+                }
+            }
+        }
+    }
+
+    /// The recorder's own pid.
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("a pid is positive")
+    }
+
+    /// SIGKILL: the recorder gets no chance to clean up.
+    pub fn kill(mut self) {
+        self.child.kill().expect("the recorder is ours");
+        self.child.wait().expect("the recorder is ours");
+    }
+
+    /// Ends the recording as Ctrl-C does.
+    pub fn stop(self) -> Capture {
+        kill(Pid::from_raw(self.pid()), Signal::SIGINT).expect("the recorder is ours");
+        self.finish()
+    }
+
+    /// Waits for a recording that ends by itself (its duration, or the target's end).
+    pub fn finish(mut self) -> Capture {
+        let status = self.wait();
+        self.heard.extend(self.stderr.iter());
+        let stderr = self.heard.join("\n");
+        let path = self.folder.path().join("capture.heaptap");
+        let folder = std::mem::replace(&mut self.folder, tempfile::tempdir().expect("a temporary folder"));
+        Capture { path, status, stderr, _folder: folder }
+    }
+
+    fn wait(&mut self) -> ExitStatus {
+        let started = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the recorder is ours") {
+                return status;
+            }
+            assert!(started.elapsed() < PATIENCE, "heaptap attach (pid {}) does not end", self.pid());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+impl Capture {
+    /// Panics unless `heaptap attach` ended with this exit code.
+    pub fn assert_code(&self, code: i32) -> &Capture {
+        assert_eq!(self.status.code(), Some(code), "heaptap attach said:\n{}", self.stderr);
+        self
+    }
+
+    /// Every record, by `heaptap dump --json`.
+    pub fn dump(&self) -> Dump {
+        Dump::parse(&self.report("dump", &["--json"]))
+    }
+
+    /// What a report verb prints about this capture.
+    pub fn report(&self, verb: &str, arguments: &[&str]) -> String {
+        report(&self.path, verb, arguments)
+    }
+}
+
+/// What a report verb prints about a capture file; panics unless it succeeds.
+pub fn report(path: &Path, verb: &str, arguments: &[&str]) -> String {
+    let mut words = vec![verb];
+    words.extend(arguments);
+    words.push(path.to_str().expect("a temporary path is text"));
+    String::from_utf8(heaptap_says(0, &words).stdout).expect("reports are UTF-8")
+}
