@@ -3,7 +3,6 @@
 //! Exit codes: 0 done, 1 failed, 2 usage (clap's), 3 the target was refused and nothing was done to it.
 
 use crate::capture::CaptureError;
-use crate::cli::stacks::StacksError;
 use crate::cpython::LocateError;
 use crate::image::ImageError;
 use crate::inferior::error::AttachError;
@@ -52,9 +51,6 @@ pub enum Error {
     /// A capture can't be read or written.
     #[error(transparent)]
     Capture(#[from] CaptureError),
-    /// The stacks can't be shown.
-    #[error(transparent)]
-    Stacks(#[from] StacksError),
     /// A report could not be made.
     #[error(transparent)]
     Report(#[from] ReportError),
@@ -93,7 +89,6 @@ impl Error {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Record(error) => record_exit(error),
-            Self::Stacks(error) => error.exit(),
             Self::CannotAttach { .. } => Exit::Refused,
             Self::RecordingFailed { .. }
             | Self::Capture(_)
@@ -148,7 +143,7 @@ impl Error {
             Self::OutputNotRegular(_) => Some("give the name of a file with -o, or - for stdout".into()),
             Self::Output { .. } => Some("give a path you may write to with -o".into()),
             Self::Demo { .. } => Some("install a CPython 3.8 to 3.15, or name one with --python".into()),
-            Self::Stacks(_) | Self::Report(_) | Self::CannotAttach { .. } => None,
+            Self::Report(_) | Self::CannotAttach { .. } => None,
         }
     }
 }

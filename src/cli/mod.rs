@@ -6,7 +6,7 @@ mod doctor;
 mod dump;
 mod flamegraph;
 mod parse;
-pub mod stacks;
+mod stacks;
 mod stats;
 mod summary;
 mod table;
@@ -59,7 +59,7 @@ impl Cli {
             Verb::Attach(args) => attach::run(&args),
             Verb::Detach(args) => detach::run(&args),
             Verb::Doctor(args) => doctor::run(&args),
-            Verb::Stacks(args) => Ok(stacks::run(&args)?),
+            Verb::Stacks(args) => stacks::run(&args),
             Verb::Summary(args) => args.run(),
             Verb::Table(args) => args.run(),
             Verb::Tree(args) => args.run(),

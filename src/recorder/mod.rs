@@ -6,6 +6,7 @@
 pub mod examine;
 pub mod header;
 pub mod ledger;
+pub mod look;
 pub mod record;
 pub mod source;
 pub mod thread_names;

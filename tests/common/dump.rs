@@ -50,14 +50,22 @@ impl Allocation {
 
 #[derive(Deserialize)]
 struct Line {
-    #[serde(rename = "type")]
+    #[serde(rename = "record")]
     kind: String,
+    id: Option<u64>,
     allocator: Option<String>,
-    #[serde(alias = "length", alias = "len")]
+    #[serde(rename = "bytes")]
     size: Option<u64>,
     address: Option<u64>,
     tid: Option<i64>,
-    stack: Option<Vec<Frame>>,
+    /// Of an allocation: the id of its stack, 0 for the empty one.
+    stack: Option<u64>,
+    /// Of a stack: the id of the frame on top, and of the stack below.
+    frame: Option<u64>,
+    caller: Option<u64>,
+    function: Option<String>,
+    file: Option<String>,
+    line: Option<u32>,
 }
 
 /// A whole capture, replayed.
@@ -71,6 +79,9 @@ pub struct Dump {
     pub high_water: Vec<usize>,
     /// Lines by their `type`.
     pub counts: BTreeMap<String, usize>,
+    frames: HashMap<u64, Frame>,
+    /// Frame on top and stack below, by id.
+    stacks: HashMap<u64, (u64, u64)>,
     blocks: HashMap<u64, usize>,
     ranges: BTreeMap<u64, (u64, usize)>,
     live: u64,
@@ -93,20 +104,45 @@ impl Dump {
     fn apply(&mut self, line: Line, text: &str) {
         let need = |field: Option<u64>| field.unwrap_or_else(|| panic!("a field is missing in {text}"));
         match line.kind.as_str() {
-            "allocation" => self.allocate(Allocation {
-                allocator: line.allocator.unwrap_or_else(|| panic!("no allocator in {text}")),
-                size: need(line.size),
-                address: need(line.address),
-                tid: line.tid.unwrap_or_else(|| panic!("no tid in {text}")),
-                stack: line.stack.unwrap_or_else(|| panic!("no stack in {text}")),
-                live: need(line.size),
-            }),
+            "frame" => {
+                let frame = Frame {
+                    function: line.function.unwrap_or_else(|| panic!("no function in {text}")),
+                    file: line.file.unwrap_or_else(|| panic!("no file in {text}")),
+                    line: line.line.unwrap_or_default(),
+                };
+                self.frames.insert(need(line.id), frame);
+            }
+            "stack" => {
+                self.stacks.insert(need(line.id), (need(line.frame), need(line.caller)));
+            }
+            "allocation" => {
+                let stack = self.stack(need(line.stack));
+                self.allocate(Allocation {
+                    allocator: line.allocator.unwrap_or_else(|| panic!("no allocator in {text}")),
+                    size: need(line.size),
+                    address: need(line.address),
+                    tid: line.tid.unwrap_or_else(|| panic!("no tid in {text}")),
+                    stack,
+                    live: need(line.size),
+                });
+            }
             "free" => self.free(need(line.address)),
             // Said to be older than the recording: a block of this recording that it hits stays live, and shows.
-            "free_unknown" => self.unknown_frees.push(need(line.address)),
+            "free_from_before" => self.unknown_frees.push(need(line.address)),
             "unmap" => self.unmap(need(line.address), need(line.size)),
             _ => {}
         }
+    }
+
+    /// The frames of a stack, innermost first.
+    fn stack(&self, mut id: u64) -> Vec<Frame> {
+        let mut frames = Vec::new();
+        while id != 0 {
+            let (frame, caller) = self.stacks[&id];
+            frames.push(self.frames[&frame].clone());
+            id = caller;
+        }
+        frames
     }
 
     fn allocate(&mut self, allocation: Allocation) {

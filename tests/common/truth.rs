@@ -245,14 +245,24 @@ mod tests {
     }
 
     fn allocation(function: &str, line: u32, size: u64, address: u64) -> String {
-        let frame = |function: &str, line: u32| serde_json::json!({"function": function, "file": "/x/p.py", "line": line});
-        serde_json::json!({"type": "allocation", "allocator": "malloc", "size": size, "address": address, "tid": 1,
-                           "stack": [frame(function, line), frame("work", 9)]})
-        .to_string()
+        // Ids that no other allocation's definitions have.
+        let (id, work) = (address * 2 + 1, address * 2 + 2);
+        let frame = |id: u64, function: &str, line: u32| {
+            serde_json::json!({"record": "frame", "id": id, "function": function,
+                                                                            "file": "/x/p.py", "line": line})
+        };
+        let stack = |id: u64, caller: u64| serde_json::json!({"record": "stack", "id": id, "frame": id, "caller": caller});
+        let event = serde_json::json!({"record": "allocation", "allocator": "malloc", "bytes": size, "address": address,
+                                       "tid": 1, "stack": id});
+        let lines =
+            [frame(work, "work", 9), stack(work, 0), frame(id, function, line), stack(id, work), event];
+        lines.map(|line| line.to_string()).join("\n")
     }
 
     fn free(address: u64) -> String {
-        serde_json::json!({"type": "free", "allocator": "free", "address": address, "tid": 1}).to_string()
+        // The one from before the attach is told as such.
+        let record = if address == 77 { "free_from_before" } else { "free" };
+        serde_json::json!({"record": record, "deallocator": "free", "address": address, "tid": 1}).to_string()
     }
 
     fn right() -> Vec<String> {
@@ -298,9 +308,9 @@ mod tests {
 
     #[test]
     fn a_partly_unmapped_range_stays_live_in_part() {
-        let map = serde_json::json!({"type": "allocation", "allocator": "mmap", "size": 0x5000, "address": 0x1000,
-                                     "tid": 1, "stack": []});
-        let unmap = serde_json::json!({"type": "unmap", "address": 0x2000, "size": 0x1000, "tid": 1});
+        let map = serde_json::json!({"record": "allocation", "allocator": "mmap", "bytes": 0x5000, "address": 0x1000,
+                                     "tid": 1, "stack": 0});
+        let unmap = serde_json::json!({"record": "unmap", "address": 0x2000, "bytes": 0x1000, "tid": 1});
         let dump = Dump::parse(&format!("{map}\n{unmap}\n"));
         assert_eq!(dump.allocations[0].live, 0x4000);
     }

@@ -1,0 +1,166 @@
+//! One look at the Python stack of every thread, for `stacks`.
+//!
+//! Writes nothing into the target. By default it is stopped for the look, some milliseconds; without a stop each thread
+//! is read until two readings agree.
+
+use super::RecordError;
+use crate::cpython::{Location, Python, RawFrame};
+use crate::image::modules;
+use crate::inferior::memory::ProcessMemory;
+use crate::inferior::{Inferior, facts, maps};
+use crate::memory::RemoteMemory;
+use crate::python_binary::binaries;
+use serde::Serialize;
+use std::collections::HashMap;
+
+/// Frames shown of one thread.
+pub const MAX_DEPTH: usize = 10_000;
+/// Looks at a thread that moves, before its stack is shown as it was last seen.
+const TRIES: usize = 200;
+
+/// All threads of a process at one moment.
+#[derive(Debug, Serialize)]
+pub struct Look {
+    /// The process.
+    pub pid: i32,
+    /// Its Python version.
+    pub python: String,
+    /// Its flavour.
+    pub flavour: String,
+    /// Where the offsets come from.
+    pub layout: String,
+    /// The runtime is being finalized.
+    pub finalizing: bool,
+    /// The threads, by thread id.
+    pub threads: Vec<ThreadLook>,
+}
+
+/// One thread.
+#[derive(Debug, Serialize)]
+pub struct ThreadLook {
+    /// Its id, in our pid namespace.
+    pub tid: Option<i32>,
+    /// The name the kernel has.
+    pub os_name: Option<String>,
+    /// The name `threading` has.
+    pub name: Option<String>,
+    /// It has a Python thread state; false: it runs no Python code.
+    pub python: bool,
+    /// It changed while it was read: the stack is what was seen last.
+    pub moving: bool,
+    /// There are more frames.
+    pub truncated: bool,
+    /// Innermost first.
+    pub frames: Vec<FrameLook>,
+}
+
+/// One frame.
+#[derive(Debug, Serialize)]
+pub struct FrameLook {
+    /// Qualified name (3.11+), plain name before.
+    pub function: String,
+    /// File.
+    pub file: String,
+    /// Line; absent where the instruction has none.
+    pub line: Option<u32>,
+}
+
+/// Finds the Python of process `pid` and looks at its threads, with the process stopped unless `running`.
+pub fn inspect(pid: i32, running: bool) -> Result<Look, RecordError> {
+    facts::check_attachable(pid)?;
+    let memory = ProcessMemory::new(pid);
+    let modules = modules(pid, &maps::mappings(pid)?, &memory)?;
+    let python = Python::locate(&memory, &binaries(&modules))?;
+    if running {
+        self_test(&python, pid, &memory, TRIES)?;
+        return look(&python, pid, &memory);
+    }
+    let mut inferior = Inferior::seize(pid)?;
+    let looked = inferior.stop().map_err(RecordError::from).and_then(|()| {
+        self_test(&python, pid, &memory, 1)?;
+        look(&python, pid, &memory)
+    });
+    let let_go = inferior.detach();
+    let look = looked?;
+    let_go?;
+    Ok(look)
+}
+
+/// A running target changes under the test: what fails once may be a race, what fails always is the layout.
+fn self_test(python: &Python, pid: i32, memory: &dyn RemoteMemory, tries: usize) -> Result<(), RecordError> {
+    for tries_left in (0..tries).rev() {
+        let tids: Vec<i32> = maps::namespaced_tasks(pid)?.iter().map(|(_, inner)| *inner).collect();
+        match python.self_test(memory, &tids) {
+            Ok(_) => break,
+            Err(_) if tries_left > 0 => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Looks at every thread. The target may run: each thread is read until two readings agree.
+pub fn look(python: &Python, pid: i32, memory: &dyn RemoteMemory) -> Result<Look, RecordError> {
+    let tasks = maps::namespaced_tasks(pid)?;
+    let outer: HashMap<i32, i32> = tasks.iter().map(|(outer, inner)| (*inner, *outer)).collect();
+    let mut codes = python.code_table();
+    let mut threads = Vec::new();
+    for thread in python.threads(memory)? {
+        let tid = thread.tid.and_then(|inner| outer.get(&inner).copied());
+        let mut seen = ThreadLook {
+            tid,
+            os_name: tid.and_then(|tid| maps::task_name(pid, tid)),
+            name: thread.name,
+            python: true,
+            moving: true,
+            truncated: false,
+            frames: Vec::new(),
+        };
+        let (mut raw, mut before) = (Vec::new(), None);
+        for _ in 0..TRIES {
+            raw.clear();
+            let walk = python.walk(memory, thread.tstate, &mut raw, MAX_DEPTH).ok();
+            let mut locations = Vec::new();
+            codes.resolve(memory, &raw, &mut locations);
+            seen.truncated = walk.is_some_and(|w| w.truncated);
+            seen.frames = locations.into_iter().map(frame).collect();
+            let this: Option<Vec<RawFrame>> = walk.map(|_| raw.clone());
+            if this.is_some() && this == before {
+                seen.moving = false;
+                break;
+            }
+            before = this;
+        }
+        threads.push(seen);
+    }
+    for (tid, _) in tasks {
+        if !threads.iter().any(|t| t.tid == Some(tid)) {
+            threads.push(ThreadLook {
+                tid: Some(tid),
+                os_name: maps::task_name(pid, tid),
+                name: None,
+                python: false,
+                moving: false,
+                truncated: false,
+                frames: Vec::new(),
+            });
+        }
+    }
+    threads.sort_by_key(|t| t.tid);
+    Ok(Look {
+        pid,
+        python: python.version.to_string(),
+        flavour: python.flavour.to_string(),
+        layout: python.layout_source.clone(),
+        finalizing: !python.finalizing(memory)?.is_null(),
+        threads,
+    })
+}
+
+fn frame(location: Location) -> FrameLook {
+    FrameLook {
+        function: location.function.to_string(),
+        file: location.file.to_string(),
+        line: location.line,
+    }
+}
