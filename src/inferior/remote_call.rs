@@ -5,8 +5,8 @@
 //! the kernel reset a blocked SIGTRAP's disposition) and no signal of the target's is taken early or lost.
 //! Should heaptap be killed in the middle of it, the thread finds home by itself: see [`super::recovery`].
 //!
-//! Afterwards registers and mask are what they were, and the thread is taken to a stop inside the kernel's
-//! signal path, so that an interrupted system call restarts when it runs on.
+//! Afterwards registers and mask are what they were, and a thread that was interrupted in a system call is taken to a
+//! stop inside the kernel's signal path, so that the call restarts when it runs on.
 
 use super::error::TraceError;
 use super::recovery;
@@ -110,7 +110,7 @@ pub fn settle(tid: i32, held: Held) -> Result<Result<Held, Ended>, TraceError> {
     })
 }
 
-/// Makes `call` in the name of the stopped and settled thread `tid`. `write` writes into the target.
+/// Makes `call` in the name of the stopped thread `tid`, which is settled or at a trap. `write` writes into the target.
 pub fn call(
     tid: i32,
     gadgets: Gadgets,
@@ -129,6 +129,9 @@ pub fn call(
     // The mask first: killed in between, we leave a thread that is still on its way home.
     sys::set_signal_mask(tid, mask).map_err(TraceError::of("restore the signal mask of", tid))?;
     sys::set_registers(tid, &saved).map_err(TraceError::of("restore the registers of", tid))?;
+    if held == Held::Nothing && !recovery::restarts(&saved) {
+        return Ok(Outcome { result: ran?, held });
+    }
     match settle(tid, Held::Nothing)? {
         Err(ended) => Ok(Outcome { result: Err(ended), held }),
         Ok(Held::Nothing) => Ok(Outcome { result: ran?, held }),

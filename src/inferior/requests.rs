@@ -89,11 +89,21 @@ impl Inferior {
     /// Makes a system call in the name of the stopped thread `tid`. What the thread held is delivered first
     /// when it is a signal; a group stop stays in force.
     pub fn remote_syscall(&mut self, tid: i32, call: Call) -> Result<u64, TraceError> {
-        let gadgets = self.gadgets()?;
         let held = self.world.held(tid).ok_or(TraceError::Gone { tid })?;
         let settled = remote_call::settle(tid, held)?;
         let held = self.unless_ended(tid, settled)?;
         self.world.set_held(tid, held);
+        self.call_from(tid, call, held)
+    }
+
+    /// The same for a thread that is stopped at a trap whose signal was dropped: it executes user code, and nothing has
+    /// to be delivered or restarted.
+    pub fn remote_syscall_at_trap(&mut self, tid: i32, call: Call) -> Result<u64, TraceError> {
+        self.call_from(tid, call, Held::Nothing)
+    }
+
+    fn call_from(&mut self, tid: i32, call: Call, held: Held) -> Result<u64, TraceError> {
+        let gadgets = self.gadgets()?;
         let outcome = self.without_seccomp(tid, |me| {
             remote_call::call(tid, gadgets, call, held, &|addr, bytes| me.write(addr, bytes))
         })?;

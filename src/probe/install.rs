@@ -26,6 +26,7 @@ const QUIET_PATIENCE: Duration = Duration::from_secs(1);
 const QUIET_INTERVAL: Duration = Duration::from_millis(2);
 const MAP_FLAGS: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
 const SIGSET_LEN: u64 = 8;
+const SIGTRAP_BIT: u64 = 1 << (libc::SIGTRAP - 1);
 
 /// What may be done to the target.
 #[derive(Debug, Clone, Copy, Default)]
@@ -44,6 +45,8 @@ pub struct Installed {
     calls: Calls,
     handler_installed: bool,
     first_region: RemoteAddr,
+    /// Threads whose SIGTRAP the kernel unblocked, and the mask it left them with.
+    unblocked: HashMap<i32, u64>,
 }
 
 /// What could not be taken back.
@@ -240,6 +243,7 @@ impl Planting<'_> {
             patches: self.patches,
             calls,
             handler_installed: self.handler_installed,
+            unblocked: HashMap::new(),
         }
     }
 
@@ -292,14 +296,35 @@ impl Installed {
         Ok(self.calls.trap_at(regs.rip).map(|trap| (trap, regs)))
     }
 
-    /// Puts our SIGTRAP handler back, and `tid`'s mask, after the kernel reset both: it does that when an int3
-    /// is met with SIGTRAP blocked (`force_sig_info_to_task`), as glibc has it while a thread is born or
-    /// ends. `tid` is stopped at such a trap, whose signal was dropped.
-    pub fn repair(&self, inferior: &mut Inferior, tid: i32, mask: u64) -> Result<(), TraceError> {
+    /// Puts our SIGTRAP handler back after the kernel reset it: it does that, and unblocks SIGTRAP, when an int3 is met
+    /// with SIGTRAP blocked (`force_sig_info_to_task`), as glibc has it while a thread is born or ends. `tid` is
+    /// stopped at such a trap, whose signal was dropped. SIGTRAP stays unblocked, lest the next breakpoint resets the
+    /// handler again: glibc restores its thread's whole mask in the end; [`Installed::reblock`] is for who does not.
+    pub fn repair(&mut self, inferior: &mut Inferior, tid: i32, mask: u64) -> Result<(), TraceError> {
         let which = if self.handler_installed { region::OUR_ACTION } else { region::ORIGINAL_ACTION };
         let action = self.first_region.offset(which);
-        inferior.remote_syscall(tid, sigaction(action, RemoteAddr::NULL))?;
-        inferior.set_mask(tid, mask | 1 << (libc::SIGTRAP - 1))
+        inferior.remote_syscall_at_trap(tid, sigaction(action, RemoteAddr::NULL))?;
+        self.unblocked.insert(tid, mask);
+        Ok(())
+    }
+
+    /// Blocks SIGTRAP again in stopped threads that still have the mask that the kernel left them with.
+    fn reblock(&self, inferior: &Inferior) -> Result<(), TraceError> {
+        for tid in inferior.tids() {
+            let Some(mask) = self.unblocked.get(&tid) else { continue };
+            match inferior.mask(tid) {
+                Ok(now) if now == *mask => inferior.set_mask(tid, mask | SIGTRAP_BIT)?,
+                Ok(_) | Err(TraceError::Gone { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// The thread ended.
+    pub fn forget(&mut self, tid: i32) {
+        self.calls.forget(tid);
+        self.unblocked.remove(&tid);
     }
 
     fn clean_child(&self, inferior: &mut Inferior, child: i32) -> Result<(), TraceError> {
@@ -345,6 +370,7 @@ impl Installed {
             self.run_a_while(inferior, see)?;
         }
         self.clean_newborns(inferior)?;
+        self.reblock(inferior)?;
         let tid = calling_thread(inferior)?;
         if self.handler_installed && left.why.is_empty() {
             let original = self.regions[0].offset(region::ORIGINAL_ACTION);
@@ -479,7 +505,7 @@ impl Installed {
                     inferior.let_go(tid)?;
                 }
                 Some(Notice::Forked(child)) => self.free_child(inferior, child)?,
-                Some(Notice::ThreadEnded(tid)) => self.calls.forget(tid),
+                Some(Notice::ThreadEnded(tid)) => self.forget(tid),
                 Some(Notice::Executed | Notice::Ended(_)) => {
                     return Err(TraceError::Gone { tid: inferior.pid() }.into());
                 }

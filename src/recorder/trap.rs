@@ -164,7 +164,9 @@ impl TrapSource {
         let pid = self.inferior.pid();
         let Ok(status) = maps::status(pid, tid) else { return Ok(()) };
         if status.caught & (1 << (libc::SIGTRAP - 1)) == 0 {
+            let start = std::time::Instant::now();
             self.installed.repair(&mut self.inferior, tid, mask)?;
+            tracing::debug!("put SIGTRAP back for thread {tid} in {:?}", start.elapsed());
         }
         Ok(())
     }
@@ -198,7 +200,7 @@ impl RecordSource for TrapSource {
                 Ok(SourceEvent::Idle)
             }
             Notice::ThreadEnded(tid) => {
-                self.installed.calls().forget(tid);
+                self.installed.forget(tid);
                 Ok(SourceEvent::ThreadEnded(tid))
             }
             Notice::Executed => Ok(SourceEvent::Executed),
