@@ -132,15 +132,22 @@ pub fn sigtrap_use(pid: i32) -> Result<Option<String>, RecordError> {
         if status.ignored & bit != 0 {
             return Ok(Some("ignores".into()));
         }
-        if status.blocked & bit != 0 && !blocked_for_a_moment(pid, tid, bit) {
+        if status.blocked & bit != 0
+            && status.blocked & SIGCANCEL == 0
+            && !blocked_for_a_moment(pid, tid, bit)
+        {
             return Ok(Some(format!("blocks (thread {tid})")));
         }
     }
     Ok(None)
 }
 
-/// glibc blocks every signal for the moments in which a thread is born or ends. What is still blocked after some looks
-/// is the application's.
+/// Signal 32, which only libc itself can block: pthread_sigmask(3) and sigprocmask(3) leave it out. It does so, with
+/// nearly all others, for the moments in which a thread is born or ends, or a program is started.
+const SIGCANCEL: u64 = 1 << 31;
+
+/// An older libc blocks all but its own signals for such moments. What is still blocked after some looks is the
+/// application's.
 fn blocked_for_a_moment(pid: i32, tid: i32, bit: u64) -> bool {
     (0..20).any(|_| {
         std::thread::sleep(std::time::Duration::from_millis(1));
