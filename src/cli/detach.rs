@@ -49,8 +49,10 @@ fn find(pid: i32) -> Result<Vec<Stale>, RecordError> {
 
 fn clean(pid: i32, found: &[Stale]) -> Result<LeftBehind, RecordError> {
     let mut inferior = Inferior::seize(pid)?;
-    let removed =
-        inferior.stop().map_err(RecordError::from).and_then(|()| Ok(stale::remove(&mut inferior, found)?));
+    let removed = inferior
+        .stop_to_attach()
+        .map_err(RecordError::from)
+        .and_then(|()| Ok(stale::remove(&mut inferior, found)?));
     match (removed, inferior.detach()) {
         (Ok(left), Ok(()) | Err(TraceError::Gone { .. })) => Ok(left),
         (Ok(_), Err(error)) => Err(error.into()),

@@ -137,12 +137,12 @@ pub enum TraceError {
         errno: Errno,
     },
     /// Threads did not stop in the time given.
-    #[error("threads {tids:?} did not stop in {seconds} s")]
+    #[error("threads {tids:?} did not stop within {patience:?}")]
     NotStopped {
         /// Who did not.
         tids: Vec<i32>,
         /// How long was waited.
-        seconds: u64,
+        patience: std::time::Duration,
     },
 }
 

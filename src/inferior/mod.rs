@@ -34,8 +34,9 @@ use stop::StopEvent;
 use sys::{Of, Wait, Waited};
 use world::{Reaction, Release, World};
 
-/// How long [`Inferior::stop`] waits. A thread in vfork(2) or in uninterruptible sleep takes as long as that takes.
-const STOP_PATIENCE: Duration = Duration::from_secs(5);
+/// How long [`Inferior::stop`] waits: the other threads stand still meanwhile. A thread in vfork(2) or in
+/// uninterruptible sleep takes as long as that takes.
+const STOP_PATIENCE: Duration = Duration::from_millis(500);
 /// `si_code` of the SIGTRAP that int3 raises on x86 (`do_int3_user` of the kernel sends it by `force_sig`).
 const SI_KERNEL: i32 = 0x80;
 /// Polls without sleeping before it starts to sleep between them.
@@ -71,6 +72,8 @@ pub struct Inferior {
     gadgets: Option<Gadgets>,
     /// Its threads have seccomp filters, which remote calls suspend.
     filtered: bool,
+    /// The last stop left threads running.
+    stuck: bool,
     ended: bool,
 }
 
@@ -97,6 +100,7 @@ impl Inferior {
             bypasses: HashMap::new(),
             gadgets: None,
             filtered: false,
+            stuck: false,
             ended: false,
         };
         match inferior.seize_new_threads() {
@@ -305,14 +309,42 @@ impl Inferior {
         }
         if start.elapsed() > STOP_PATIENCE {
             let tids = self.world.not_stopped();
-            return Err(TraceError::NotStopped { tids, seconds: STOP_PATIENCE.as_secs() });
+            self.stuck = true;
+            return Err(TraceError::NotStopped { tids, patience: STOP_PATIENCE });
         }
         std::thread::sleep(Duration::from_micros(200));
         Ok(())
     }
 
+    /// [`Inferior::stop`] of a process that is being attached to: one that does not stop is refused.
+    pub fn stop_to_attach(&mut self) -> Result<(), AttachError> {
+        match self.stop() {
+            Err(TraceError::NotStopped { tids, .. }) => {
+                let tid = tids.first().copied().unwrap_or(self.pid);
+                let state = facts::state(self.pid, tid).unwrap_or('?');
+                Err(AttachError::Unstoppable { pid: self.pid, tid, state })
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// [`Inferior::stop`] of a process that is to be left: threads that do not stop are for the caller to reckon
+    /// with, see [`Inferior::unstopped`].
+    pub fn stop_to_leave(&mut self) -> Result<(), TraceError> {
+        match self.stop() {
+            Ok(()) | Err(TraceError::NotStopped { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Threads that did not stop, or children that did not show themselves.
+    pub fn unstopped(&self) -> Vec<i32> {
+        self.world.not_stopped()
+    }
+
     /// Lets every stopped thread run on, each with what it held.
     pub fn resume(&mut self) -> Result<(), TraceError> {
+        self.stuck = false;
         for (tid, release) in self.world.begin_resume() {
             self.carry_out(tid, release)?;
         }
@@ -340,7 +372,8 @@ impl Inferior {
         if self.ended {
             return Ok(());
         }
-        let stopped = self.stop();
+        // A stop that just failed would fail again.
+        let stopped = if self.stuck { Ok(()) } else { self.stop_to_leave() };
         for child in std::mem::take(&mut self.newborns) {
             let _ = sys::detach(child, 0);
         }

@@ -122,11 +122,19 @@ pub fn install(inferior: &mut Inferior, plan: &Plan, options: Options) -> Result
 }
 
 /// A thread to make calls in the name of: one that is in no system call where there is one.
+fn why_busy(inferior: &Inferior) -> String {
+    match inferior.unstopped().first() {
+        Some(tid) => format!("thread {tid} sleeps in the kernel and does not stop"),
+        None if inferior.has_guests() => "a child still runs in the target's own memory".into(),
+        None => format!("a thread was still inside an allocator call after {} s", QUIET_PATIENCE.as_secs()),
+    }
+}
+
 pub(super) fn calling_thread(inferior: &Inferior) -> Result<i32, ProbeError> {
-    let tids = inferior.tids();
-    let in_user_mode = |tid: &&i32| inferior.registers(**tid).is_ok_and(|r| r.orig_rax == u64::MAX);
-    let chosen = tids.iter().find(in_user_mode).or(tids.first());
-    chosen.copied().ok_or(ProbeError::Trace(TraceError::Gone { tid: inferior.pid() }))
+    let stopped: Vec<_> =
+        inferior.tids().into_iter().filter_map(|tid| Some((tid, inferior.registers(tid).ok()?))).collect();
+    let chosen = stopped.iter().find(|(_, regs)| regs.orig_rax == u64::MAX).or(stopped.first());
+    chosen.map(|(tid, _)| *tid).ok_or(ProbeError::Trace(TraceError::Gone { tid: inferior.pid() }))
 }
 
 fn call(name: &'static str, number: i64, args: &[u64]) -> Call {
@@ -361,22 +369,19 @@ impl Installed {
         let start = Instant::now();
         while self.is_busy(inferior)? {
             if start.elapsed() > QUIET_PATIENCE {
-                left.why.push(format!(
-                    "a thread was still inside an allocator call after {} s",
-                    QUIET_PATIENCE.as_secs()
-                ));
+                left.why.push(why_busy(inferior));
                 break;
             }
             self.run_a_while(inferior, see)?;
         }
         self.clean_newborns(inferior)?;
         self.reblock(inferior)?;
-        let tid = calling_thread(inferior)?;
-        if self.handler_installed && left.why.is_empty() {
-            let original = self.regions[0].offset(region::ORIGINAL_ACTION);
-            inferior.remote_syscall(tid, sigaction(original, RemoteAddr::NULL))?;
-        }
         if left.why.is_empty() {
+            let tid = calling_thread(inferior)?;
+            if self.handler_installed {
+                let original = self.regions[0].offset(region::ORIGINAL_ACTION);
+                inferior.remote_syscall(tid, sigaction(original, RemoteAddr::NULL))?;
+            }
             for region in &self.regions {
                 inferior.remote_syscall(tid, munmap(*region))?;
             }
@@ -479,7 +484,8 @@ impl Installed {
             .iter()
             .any(inside)
         });
-        Ok(holds || inferior.has_guests() || self.calls.any_under_way(inferior.memory(), &alive))
+        let unsure = inferior.has_guests() || !inferior.unstopped().is_empty();
+        Ok(holds || unsure || self.calls.any_under_way(inferior.memory(), &alive))
     }
 
     fn run_a_while(
@@ -512,7 +518,7 @@ impl Installed {
                 None => std::thread::yield_now(),
             }
         }
-        inferior.stop()?;
+        inferior.stop_to_leave()?;
         self.settle_traps(inferior, see)
     }
 }

@@ -102,7 +102,7 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
         }
         inferior.resume()?;
         std::thread::sleep(Duration::from_millis(5));
-        inferior.stop()?;
+        inferior.stop_to_leave()?;
     }
     let tid = calling_thread(inferior)?;
     for stale in found {
@@ -124,6 +124,8 @@ fn is_busy(inferior: &Inferior, found: &[Stale]) -> Result<bool, ProbeError> {
     for tid in inferior.tids() {
         let regs = match inferior.registers(tid) {
             Ok(regs) => regs,
+            // It does not stop: nothing is known of it.
+            Err(TraceError::Gone { .. }) if inferior.unstopped().contains(&tid) => return Ok(true),
             Err(TraceError::Gone { .. }) => continue,
             Err(error) => return Err(error.into()),
         };

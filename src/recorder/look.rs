@@ -76,7 +76,7 @@ pub fn inspect(pid: i32, running: bool) -> Result<Look, RecordError> {
         return look(&python, pid, &memory);
     }
     let mut inferior = Inferior::seize(pid)?;
-    let looked = inferior.stop().map_err(RecordError::from).and_then(|()| {
+    let looked = inferior.stop_to_attach().map_err(RecordError::from).and_then(|()| {
         self_test(&python, pid, &memory, 1)?;
         look(&python, pid, &memory)
     });

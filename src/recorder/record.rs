@@ -173,7 +173,7 @@ fn plant(
     examined: &Examined,
     output: &mut Output,
 ) -> Result<(install::Installed, CaptureWriter), RecordError> {
-    inferior.stop()?;
+    inferior.stop_to_attach()?;
     let tids = own_tids(inferior);
     examined.python.self_test(inferior.memory(), &tids)?;
     if examined.seccomp {

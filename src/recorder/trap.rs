@@ -110,7 +110,7 @@ impl TrapSource {
         if inferior.has_ended() {
             return Ok(LeftBehind::default());
         }
-        let lifted = match inferior.stop() {
+        let lifted = match inferior.stop_to_leave() {
             Ok(()) => installed.lift(&mut inferior, &mut |_, tid, regs, observation| {
                 let stack = if gives_out(&observation) { reader.read(tid, regs) } else { &[] };
                 see(tid, observation, stack);
