@@ -1,17 +1,11 @@
 //! Truncated, flipped and made-up captures through the reader and every report: an error or a partial
-//! report, never a panic, and no more memory than the file's bytes account for.
+//! report, never a panic.
 
 mod script;
 
-use heaptap::analysis::{View, analyse};
-use heaptap::capture::CaptureReader;
-use heaptap::report::dump::dump;
-use heaptap::report::{FlameGraph, Format, Report, Stats, Summary, Table, Tree};
 use proptest::prelude::*;
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::io::{Cursor, sink};
+use script::use_up::{use_up, with_events};
 use std::sync::LazyLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 static SHOP: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let dir = tempfile::tempdir().unwrap();
@@ -19,51 +13,6 @@ static SHOP: LazyLock<Vec<u8>> = LazyLock::new(|| {
     script::shop(&path);
     std::fs::read(path).unwrap()
 });
-
-/// Everything that can be made of a file.
-fn use_up(bytes: &[u8]) {
-    let open = || CaptureReader::from_input("test", Box::new(Cursor::new(bytes.to_vec())));
-    let Ok(reader) = open() else { return };
-    for json in [false, true] {
-        dump(open().unwrap(), json, &mut sink()).unwrap();
-    }
-    drop(reader);
-    for view in [View::HighWaterMark, View::Leaks, View::Temporary(2)] {
-        let findings = analyse(open().unwrap(), view).unwrap();
-        let reports: [&dyn Report; 5] = [
-            &Summary::default(),
-            &Table::default(),
-            &Tree { max_stacks: 3, all_frames: false },
-            &Tree { max_stacks: 0, all_frames: true },
-            &Stats::default(),
-        ];
-        for report in reports {
-            for format in [Format { json: false, width: Some(80) }, Format { json: true, width: None }] {
-                report.write(&findings, format, &mut sink()).unwrap();
-            }
-        }
-        for inverted in [false, true] {
-            // The only refusal is that there is nothing to draw.
-            let _ = FlameGraph { inverted, icicle: false }.write(&findings, Format::default(), &mut sink());
-        }
-    }
-}
-
-/// `events` as the content of a chunk with a right checksum, after a right header.
-fn with_events(events: &[u8]) -> Vec<u8> {
-    let mut bytes = SHOP[..16].to_vec();
-    for (kind, content) in [(1u8, &b"{}"[..]), (2, events)] {
-        let len = (content.len() as u32).to_le_bytes();
-        let header = [&[kind, 0][..], &len, &len].concat();
-        let mut hasher = crc32fast::Hasher::new();
-        hasher.update(&header);
-        hasher.update(content);
-        bytes.extend_from_slice(&header);
-        bytes.extend_from_slice(&hasher.finalize().to_le_bytes());
-        bytes.extend_from_slice(content);
-    }
-    bytes
-}
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
@@ -93,49 +42,21 @@ proptest! {
     }
 }
 
-/// Counts bytes, for the bound below.
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-#[allow(unsafe_code)] // counts, and hands on to the system's allocator
-// SAFETY: every call is passed on unchanged to `System`, which upholds the contract.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        PEAK.fetch_max(LIVE.fetch_add(layout.size(), Ordering::Relaxed) + layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
-
 #[test]
-fn what_a_file_announces_is_not_reserved() {
-    // Lengths of 4 GiB in a chunk, in a string, in ids; far addresses and sizes in records.
-    let mut huge_chunk = with_events(&[]);
-    huge_chunk.extend_from_slice(&[2, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]);
-    let far = [0xff, 0xff, 0xff, 0xff, 0x0f];
-    let files = [
-        huge_chunk,
-        with_events(&[&[0xe0, 0][..], &far, b"f"].concat()),
-        with_events(&[&[0xe0][..], &far, &[1, b'f']].concat()),
-        with_events(&[&[0xe2][..], &far, &[0, 0]].concat()),
-    ];
-    for bytes in files {
-        let before = LIVE.load(Ordering::Relaxed);
-        PEAK.store(before, Ordering::Relaxed);
-        use_up(&bytes);
-        let used = PEAK.load(Ordering::Relaxed).saturating_sub(before);
-        // Other tests of this binary run beside this one; each stays far below this too.
-        assert!(used < 64 << 20, "{used} bytes for a file of {}", bytes.len());
+fn stacks_as_deep_as_a_file_can_hold_do_no_harm() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("deep.heaptap");
+    let mut script = script::Script::create(&path, &script::header());
+    let recursive = vec![("descend", "a.py", 1); 100_000];
+    let deep = script.stack(&recursive);
+    let deeper = script.stack(&[&recursive[..], &[("leaf", "a.py", 2)]].concat());
+    script.allocate(heaptap::capture::AllocatorKind::Malloc, 1, 16, 10, deep);
+    script.allocate(heaptap::capture::AllocatorKind::Malloc, 1, 32, 10, deeper);
+    // And one that branches at every level.
+    for depth in (10..3000).step_by(10) {
+        let stack = script.stack(&[&recursive[..depth], &[("branch", "a.py", 3)]].concat());
+        script.allocate(heaptap::capture::AllocatorKind::Malloc, 1, 64 * depth as u64, 10, stack);
     }
+    script.finish();
+    use_up(&std::fs::read(&path).unwrap());
 }

@@ -62,3 +62,7 @@ pub fn functions(tree: &CallTree, stacks: &StackTable) -> Vec<FunctionRow> {
     }
     rows
 }
+
+#[cfg(test)]
+#[path = "functions_tests.rs"]
+mod tests;

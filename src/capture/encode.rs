@@ -103,7 +103,7 @@ impl ChunkEncoder {
         put(&mut self.buf, zigzag(if aligned { delta >> 4 } else { delta }));
         put(&mut self.buf, event.size);
         if !same {
-            put(&mut self.buf, zigzag(i64::from(event.stack.0) - i64::from(self.last_stack)));
+            put(&mut self.buf, u64::from(event.stack.0));
         }
         self.last_stack = event.stack.0;
         self.last_address = address;

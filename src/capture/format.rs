@@ -59,8 +59,8 @@
 //! ```
 //! - Kinds are the numbers of [`AllocatorKind`](super::AllocatorKind).
 //! - allocation: zigzag of `address - last`, divided by 16 if A is set; varint size; and unless S (same
-//!   stack as the chunk's last allocation, 0 before the first) is set, zigzag of the stack's id minus
-//!   that one's.
+//!   stack as the chunk's last allocation, 0 before the first) is set, varint stack. Ids of stacks are
+//!   not delta-coded: hot stacks are the same bytes each time, which lz4 finds.
 //! - *last* is the address in the record before that has one; differences wrap at 64 bits.
 //! - d counts from 0 (the latest allocation of this chunk) to 255.
 //! - The thread of an event is the one named by the last *switch* in the chunk; there is one before the

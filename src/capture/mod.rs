@@ -1,7 +1,7 @@
 //! The capture file: what was recorded, in a form that outlives the process and the machine.
 //!
 //! Live code writes it ([`CaptureWriter`]), offline code reads it ([`CaptureReader`]); they meet
-//! nowhere else. The bytes are described in [`format`](self::format). [`LiveSet`] is here because
+//! nowhere else. The bytes are described in [`format`](mod@self::format). [`LiveSet`] is here because
 //! the recorder (is this `free` of a block of ours?) and the analysis (what is live?) must agree on
 //! what a record does to the set of live blocks.
 //!

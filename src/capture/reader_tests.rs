@@ -301,3 +301,20 @@ fn a_huge_command_line_still_fits_the_header() {
     let kept = CaptureReader::open(&path).unwrap().header().command_line.clone();
     assert!(kept[0].ends_with('…') && kept.concat().len() < 100_000);
 }
+
+#[test]
+fn frees_find_their_blocks_however_long_ago_they_were_allocated() {
+    let address = |n: u64| n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 16 << 3;
+    let mut expected = Vec::new();
+    for n in 0..2000u64 {
+        expected.push(Record::Allocation(malloc(1, address(n), 8, StackId::EMPTY)));
+        for back in [0, 1, 3, 100, 254, 255, 256, 257, 700] {
+            if n % 7 == back % 7 && n >= back {
+                let address = RemoteAddr(address(n - back));
+                expected.push(Record::Free(Free { deallocator: AllocatorKind::Free, tid: 1, address }));
+            }
+        }
+    }
+    let bytes = write(|writer| expected.iter().for_each(|record| put(writer, record)));
+    assert_eq!(events(&mut read(bytes).unwrap()), expected);
+}

@@ -80,8 +80,7 @@ impl ChunkDecoder {
         let address = self.moved(delta, first & tag::ALIGNED != 0);
         let size = cursor.varint().ok_or(ENDED)?;
         if first & tag::SAME_STACK == 0 {
-            let delta = cursor.signed().ok_or(ENDED)?;
-            self.last_stack = shifted(self.last_stack, delta).ok_or("a stack's id is out of range")?;
+            self.last_stack = cursor.varint_u32().ok_or(ENDED)?;
         }
         let stack = StackId(self.last_stack);
         if !tables.has_stack(stack) {

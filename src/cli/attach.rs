@@ -79,7 +79,7 @@ pub fn run(args: &AttachArgs) -> Result<(), Error> {
     };
     let mut console = Console::new(&options, args.quiet);
     let summary = record(&options, &mut console)?;
-    console.bar.finish_and_clear();
+    console.finish();
     to_stdout(|out, _| Ok(print_summary(&summary, &options, out).map_err(ReportError::from)?))?;
     match summary.failed {
         Some(message) => Err(Error::RecordingFailed { message, capture: options.output }),
@@ -88,14 +88,14 @@ pub fn run(args: &AttachArgs) -> Result<(), Error> {
 }
 
 /// Tells the user how it goes: a line that is drawn anew on a terminal, now and then a line elsewhere.
-struct Console {
+pub(super) struct Console {
     bar: ProgressBar,
     line_due: Option<Instant>,
     target: String,
 }
 
 impl Console {
-    fn new(options: &RecordOptions, quiet: bool) -> Self {
+    pub(super) fn new(options: &RecordOptions, quiet: bool) -> Self {
         let terminal = std::io::stderr().is_terminal();
         let bar = if quiet || !terminal { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
         if let Ok(style) = ProgressStyle::with_template("{msg}") {
@@ -103,6 +103,11 @@ impl Console {
         }
         let line_due = (!quiet && !terminal).then(|| Instant::now() + LINE_EVERY);
         Self { bar, line_due, target: printable(&options.output.to_string_lossy()).into_owned() }
+    }
+
+    /// Takes the line of progress away.
+    pub(super) fn finish(&self) {
+        self.bar.finish_and_clear();
     }
 }
 

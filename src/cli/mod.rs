@@ -6,6 +6,7 @@
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod attach;
+mod demo;
 mod detach;
 mod doctor;
 mod dump;
@@ -46,6 +47,7 @@ pub struct Cli {
 /// What to do. One line per verb, here and in [`Cli::run`].
 #[derive(Subcommand)]
 enum Verb {
+    Demo(demo::DemoArgs),
     Attach(attach::AttachArgs),
     Detach(detach::DetachArgs),
     Doctor(doctor::DoctorArgs),
@@ -61,6 +63,7 @@ enum Verb {
 impl Cli {
     fn run(self) -> Result<(), Error> {
         match self.verb {
+            Verb::Demo(args) => demo::run(&args),
             Verb::Attach(args) => attach::run(&args),
             Verb::Detach(args) => detach::run(&args),
             Verb::Doctor(args) => doctor::run(&args),

@@ -16,6 +16,9 @@ use std::io::Write;
 
 /// Of a longer run, the first and the last frames of it that are shown.
 const RUN_ENDS: usize = 2;
+/// Indentation beyond which callees are counted and not drawn: nobody reads that far to the right, and
+/// a tree that branches at every level would take the square of its depth.
+const MAX_INDENT: usize = 240;
 /// Columns before a location.
 const FIGURES: usize = 26;
 
@@ -110,6 +113,11 @@ impl Tree {
                 &format!("{indent}{}", if last { "└── " } else { "├── " }),
                 &below,
             )?;
+            if below.chars().count() > MAX_INDENT && !tree.children(end).is_empty() {
+                let callees = counted(tree.children(end).len() as u64, "callee");
+                writeln!(lines.out, "{:FIGURES$}{below}⋮ {callees} and what is below", "")?;
+                continue;
+            }
             push_children(&mut pending, tree, end, &below);
         }
         if stacks > 0 {

@@ -3,6 +3,8 @@
 //! The script is what `fixtures/captures/v1.heaptap` was made from: it may not change, only grow a sibling.
 #![allow(dead_code)] // each test binary uses a part of this
 
+pub mod use_up;
+
 use assert_cmd::Command;
 use heaptap::addr::RemoteAddr;
 use heaptap::capture::{

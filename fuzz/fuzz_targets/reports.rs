@@ -1,0 +1,61 @@
+//! Any bytes as the records of a sound capture, through the analysis and every report.
+//!
+//! The checksums are made here: a fuzzer does not find them, and behind them is where the code is.
+//! `cargo +nightly fuzz run reports -- -rss_limit_mb=1024`
+#![no_main]
+
+use heaptap::analysis::{View, analyse};
+use heaptap::capture::CaptureReader;
+use heaptap::capture::format::{MAGIC, VERSION, codec, kind};
+use heaptap::report::dump::dump;
+use heaptap::report::{FlameGraph, Format, Report, Stats, Summary, Table, Tree};
+use libfuzzer_sys::fuzz_target;
+use std::io::{Cursor, sink};
+
+/// IEEE crc32, bit by bit.
+fn crc32(bytes: &[u8]) -> u32 {
+    let mut crc = !0u32;
+    for byte in bytes {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg());
+        }
+    }
+    !crc
+}
+
+fn chunk(kind: u8, content: &[u8], out: &mut Vec<u8>) {
+    let len = (content.len() as u32).to_le_bytes();
+    let header = [&[kind, codec::RAW][..], &len, &len].concat();
+    let crc = crc32(&[&header[..], content].concat());
+    out.extend([&header[..], &crc.to_le_bytes(), content].concat());
+}
+
+fuzz_target!(|events: &[u8]| {
+    let mut file = [&MAGIC[..], &VERSION.to_le_bytes(), &[0, 0]].concat();
+    let crc = crc32(&file);
+    file.extend(crc.to_le_bytes());
+    chunk(kind::HEADER, b"{}", &mut file);
+    for part in events.chunks(1 << 16) {
+        chunk(kind::EVENTS, part, &mut file);
+    }
+    let open = || {
+        CaptureReader::from_input("fuzz", Box::new(Cursor::new(file.clone()))).expect("the header is sound")
+    };
+    for json in [false, true] {
+        dump(open(), json, &mut sink()).expect("a sink takes everything");
+    }
+    for view in [View::HighWaterMark, View::Leaks, View::Temporary(3)] {
+        let findings = analyse(open(), view).expect("reading from memory does not fail");
+        let tree = Tree { max_stacks: 0, all_frames: false };
+        let reports: [&dyn Report; 4] = [&Summary::default(), &Table::default(), &tree, &Stats::default()];
+        for report in reports {
+            for json in [false, true] {
+                report
+                    .write(&findings, Format { json, width: Some(80) }, &mut sink())
+                    .expect("a sink takes everything");
+            }
+        }
+        let _ = FlameGraph::default().write(&findings, Format::default(), &mut sink());
+    }
+});

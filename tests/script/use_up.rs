@@ -1,0 +1,53 @@
+//! A file's bytes through the reader and every report.
+
+use heaptap::analysis::{View, analyse};
+use heaptap::capture::CaptureReader;
+use heaptap::report::dump::dump;
+use heaptap::report::{FlameGraph, Format, Report, Stats, Summary, Table, Tree};
+use std::io::{Cursor, sink};
+
+/// Everything that can be made of a file.
+pub fn use_up(bytes: &[u8]) {
+    let open = || CaptureReader::from_input("test", Box::new(Cursor::new(bytes.to_vec())));
+    let Ok(reader) = open() else { return };
+    for json in [false, true] {
+        dump(open().unwrap(), json, &mut sink()).unwrap();
+    }
+    drop(reader);
+    for view in [View::HighWaterMark, View::Leaks, View::Temporary(2)] {
+        let findings = analyse(open().unwrap(), view).unwrap();
+        let reports: [&dyn Report; 5] = [
+            &Summary::default(),
+            &Table::default(),
+            &Tree { max_stacks: 3, all_frames: false },
+            &Tree { max_stacks: 0, all_frames: true },
+            &Stats::default(),
+        ];
+        for report in reports {
+            for format in [Format { json: false, width: Some(80) }, Format { json: true, width: None }] {
+                report.write(&findings, format, &mut sink()).unwrap();
+            }
+        }
+        for inverted in [false, true] {
+            // The only refusal is that there is nothing to draw.
+            let _ = FlameGraph { inverted, icicle: false }.write(&findings, Format::default(), &mut sink());
+        }
+    }
+}
+
+/// `events` as the content of a chunk with a right checksum, after a right header.
+pub fn with_events(events: &[u8]) -> Vec<u8> {
+    let mut bytes = b"\x89HTAP\r\n\x1a\x01\0\0\0".to_vec();
+    bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+    for (kind, content) in [(1u8, &b"{}"[..]), (2, events)] {
+        let len = (content.len() as u32).to_le_bytes();
+        let header = [&[kind, 0][..], &len, &len].concat();
+        let mut hasher = crc32fast::Hasher::new();
+        hasher.update(&header);
+        hasher.update(content);
+        bytes.extend_from_slice(&header);
+        bytes.extend_from_slice(&hasher.finalize().to_le_bytes());
+        bytes.extend_from_slice(content);
+    }
+    bytes
+}
