@@ -1,5 +1,28 @@
 //! heaptap attaches to a running CPython process by pid, records where its memory is allocated,
 //! and lets go without a trace.
+//!
+//! # One attach, in order
+//!
+//! 1. [`recorder::examine`] reads /proc, the process's ELF files ([`image`]) and its memory ([`memory`]): which CPython it
+//!    is and by which layout its structures are read ([`cpython`]), which functions hand out memory, and whatever
+//!    speaks against recording it. Nothing is stopped yet.
+//! 2. [`inferior`] seizes every thread and stops the world. The layout is tried on the real threads; only when that
+//!    succeeds is anything written.
+//! 3. [`probe`] plans the entry points, maps a region of thunks near each library, installs its SIGTRAP handler and plants
+//!    the breakpoints. The world runs on.
+//! 4. A [`recorder::source`] tells of calls: [`recorder::trap`] stops the allocating thread at each, reads its arguments,
+//!    its result and its Python stack. The [`recorder::ledger`] turns that into records in an order that replays right,
+//!    and [`capture`] writes them.
+//! 5. At the end everything is taken back in reverse order and compared; tracing ends.
+//! 6. [`analysis`] and [`report`] read the file, on any machine, and know nothing of processes.
+//!
+//! Data goes one way: `inferior → probe → recorder → capture → analysis → report`; live and offline code meet in
+//! [`capture`] alone. `tests/architecture.rs` holds this.
+//!
+//! # What the caller owes, and what we do
+//!
+//! The caller has the right to trace the process, and tells which one. We leave it as we found it, whatever happens to it
+//! or to us: see README, "What is written into the target, and how it is undone".
 
 pub mod addr;
 pub mod analysis;

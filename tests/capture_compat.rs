@@ -13,7 +13,7 @@ fn golden(version: u32) -> PathBuf {
 
 fn dumped(path: &Path) -> String {
     let mut out = Vec::new();
-    dump(CaptureReader::open(path).unwrap(), true, &mut out).unwrap();
+    dump(CaptureReader::open(path).unwrap(), true, None, &mut out).unwrap();
     String::from_utf8(out).unwrap()
 }
 

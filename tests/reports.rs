@@ -49,6 +49,7 @@ fn every_text_report_is_as_agreed() {
         ("stats", &["stats"]),
         ("stats_leaks", &["stats", "--leaks", "--top", "1"]),
         ("dump", &["dump"]),
+        ("dump_leaks", &["dump", "--leaks"]),
     ];
     for (name, arguments) in cases {
         insta::assert_snapshot!(*name, stdout(arguments, &capture));

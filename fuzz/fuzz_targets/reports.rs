@@ -43,7 +43,7 @@ fuzz_target!(|events: &[u8]| {
         CaptureReader::from_input("fuzz", Box::new(Cursor::new(file.clone()))).expect("the header is sound")
     };
     for json in [false, true] {
-        dump(open(), json, &mut sink()).expect("a sink takes everything");
+        dump(open(), json, None, &mut sink()).expect("a sink takes everything");
     }
     for view in [View::HighWaterMark, View::Leaks, View::Temporary(3)] {
         let findings = analyse(open(), view).expect("reading from memory does not fail");

@@ -3,12 +3,13 @@
 use super::view::to_stdout;
 use crate::capture::CaptureReader;
 use crate::error::Error;
-use crate::report::dump::dump;
+use crate::report::dump::{dump, not_freed};
 use std::path::PathBuf;
 
 const EXAMPLES: &str = "\
 Examples:
   heaptap dump app.heaptap | head -50
+  heaptap dump --leaks app.heaptap
   heaptap dump --json app.heaptap | jq -c 'select(.record == \"allocation\" and .bytes > 1000000)'";
 
 /// Every record of a capture, in order, as text or JSON lines.
@@ -19,6 +20,10 @@ pub(super) struct Args {
     #[arg(value_name = "CAPTURE")]
     capture: PathBuf,
 
+    /// Of allocations and frees, show only the allocations that were not freed by the end of the recording.
+    #[arg(long)]
+    leaks: bool,
+
     /// Write one JSON object per line (docs/reports.md tells their fields).
     #[arg(long)]
     json: bool,
@@ -26,7 +31,8 @@ pub(super) struct Args {
 
 impl Args {
     pub(super) fn run(self) -> Result<(), Error> {
+        let only = if self.leaks { Some(not_freed(CaptureReader::open(&self.capture)?)?) } else { None };
         let reader = CaptureReader::open(&self.capture)?;
-        to_stdout(|out, _| Ok(dump(reader, self.json, out)?))
+        to_stdout(|out, _| Ok(dump(reader, self.json, only.as_ref(), out)?))
     }
 }

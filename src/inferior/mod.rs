@@ -9,12 +9,14 @@
 //! stopped until it is released; one that borrows its parent's memory (vfork) is a guest: it runs
 //! under trace until it executes a program or exits, for its parent can't be stopped before.
 
+mod children;
 pub mod error;
 pub mod facts;
 pub mod maps;
 pub mod memory;
 pub mod recovery;
 pub mod remote_call;
+mod requests;
 pub mod stop;
 pub mod sys;
 pub mod world;
@@ -23,14 +25,14 @@ use crate::addr::RemoteAddr;
 use error::{AttachError, TraceError};
 use memory::ProcessMemory;
 use nix::errno::Errno;
-use remote_call::{Call, Ended, Gadgets};
+use remote_call::Gadgets;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 use stop::StopEvent;
-use sys::{Of, Registers, Wait, Waited};
-use world::{Held, Reaction, Release, World};
+use sys::{Of, Wait, Waited};
+use world::{Reaction, Release, World};
 
 /// How long [`Inferior::stop`] waits. A thread in vfork(2) or in uninterruptible sleep takes as long as that takes.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
@@ -172,12 +174,6 @@ impl Inferior {
         self.ended
     }
 
-    /// Writes into the process, also where it may only read or execute (`FOLL_FORCE`): such a page becomes
-    /// the process's private copy.
-    pub fn write(&self, addr: RemoteAddr, bytes: &[u8]) -> Result<(), TraceError> {
-        write_memory(&self.mem_file, self.pid, addr, bytes)
-    }
-
     /// The next notice; `None` when there is none (`Poll`) or one of our own signals came (`Block`).
     pub fn next(&mut self, how: Wait) -> Result<Option<Notice>, TraceError> {
         loop {
@@ -240,99 +236,6 @@ impl Inferior {
             Ok(()) | Err(Errno::ESRCH) => Ok(()),
             Err(errno) => Err(TraceError::of("resume", tid)(errno)),
         }
-    }
-
-    fn expect_child_of(&mut self, parent: i32) {
-        let Ok(child) = sys::event_message(parent) else { return };
-        if self.newborns.contains(&child) || self.guests.contains(&child) {
-            return;
-        }
-        // It may have come, gone and been collected before its parent's event was.
-        let ours =
-            facts::status(child).ok().flatten().is_some_and(|s| s.tracerpid == std::process::id() as i32);
-        if ours {
-            self.world.expect(child);
-        }
-    }
-
-    /// A stop of something that is not a known thread: a new thread, a child at its birth, or a guest.
-    fn on_stranger(&mut self, tid: i32, event: StopEvent) -> Result<(), TraceError> {
-        self.world.arrived(tid);
-        if event.is_end() {
-            self.guests.remove(&tid);
-            self.newborns.remove(&tid);
-            if tid == self.pid {
-                self.end(event);
-            }
-            return Ok(());
-        }
-        if self.guests.contains(&tid) {
-            return self.on_guest_stop(tid, event);
-        }
-        let Some(status) = facts::status(tid)? else { return Ok(()) };
-        if status.tgid == self.pid {
-            let reaction = self.world.adopt(tid, event);
-            return self.react(tid, event, reaction);
-        }
-        if sys::share_memory(self.pid, tid).unwrap_or(false) {
-            self.guests.insert(tid);
-            return self.on_guest_stop(tid, event);
-        }
-        self.newborns.insert(tid);
-        self.notices.push_back(Notice::Forked(tid));
-        Ok(())
-    }
-
-    fn on_guest_stop(&mut self, tid: i32, event: StopEvent) -> Result<(), TraceError> {
-        let answer = match event {
-            StopEvent::Exec => {
-                // Its memory is its own now, and clean.
-                self.guests.remove(&tid);
-                sys::detach(tid, 0)
-            }
-            StopEvent::Signal(libc::SIGTRAP) => self.bypass(tid),
-            StopEvent::Signal(signal) => sys::resume(tid, signal),
-            StopEvent::GroupStop(_) => sys::listen(tid),
-            StopEvent::Clone | StopEvent::Fork | StopEvent::Vfork => {
-                self.expect_child_of(tid);
-                sys::resume(tid, 0)
-            }
-            _ => sys::resume(tid, 0),
-        };
-        self.gone_is_fine(tid, answer)
-    }
-
-    /// A guest runs past a breakpoint of its parent's; a SIGTRAP of its own it gets.
-    fn bypass(&self, guest: i32) -> Result<(), Errno> {
-        let rip = sys::registers(guest)?.rip;
-        match self.bypasses.get(&rip) {
-            Some(to) if sys::signal_info(guest)?.1 == SI_KERNEL => {
-                sys::set_rip(guest, to.0)?;
-                sys::resume(guest, 0)
-            }
-            _ => sys::resume(guest, libc::SIGTRAP),
-        }
-    }
-
-    /// Tells which traps are breakpoints: the instruction pointer that each reports, and where execution goes
-    /// on as if it were not there.
-    pub fn set_bypasses(&mut self, bypasses: HashMap<u64, RemoteAddr>) {
-        self.bypasses = bypasses;
-    }
-
-    /// Whether the SIGTRAP that a stopped thread holds, or that is queued to it, was raised by an int3.
-    pub fn trapped_by_int3(&self, tid: i32) -> bool {
-        match self.world.held(tid) {
-            Some(Held::Signal(libc::SIGTRAP)) => {
-                sys::signal_info(tid).is_ok_and(|(_, code)| code == SI_KERNEL)
-            }
-            _ => false,
-        }
-    }
-
-    /// Whether an int3's SIGTRAP is queued to a stopped thread and has not been reported yet.
-    pub fn int3_queued(&self, tid: i32) -> bool {
-        sys::queued_signals(tid).is_ok_and(|q| q.contains(&(libc::SIGTRAP, SI_KERNEL)))
     }
 
     /// Stops every thread. Traps not yet handed out by [`Inferior::next`] are to be found by
@@ -430,168 +333,6 @@ impl Inferior {
             Release::Listen => sys::listen(tid),
         };
         self.gone_is_fine(tid, answer)
-    }
-
-    /// The signal that a stopped thread holds, if any.
-    pub fn held_signal(&self, tid: i32) -> Option<i32> {
-        match self.world.held(tid) {
-            Some(Held::Signal(signal)) => Some(signal),
-            _ => None,
-        }
-    }
-
-    /// The held signal of `tid` was ours: it is not delivered. (While the thread is stopped the kernel still
-    /// has it, should we be killed: see [`sys::wait`].)
-    pub fn drop_signal(&mut self, tid: i32) {
-        self.world.set_held(tid, Held::Nothing);
-    }
-
-    /// Drops the held signal of `tid`, for the kernel too: the thread is taken to another stop without
-    /// executing an instruction.
-    pub fn drop_signal_now(&mut self, tid: i32) -> Result<(), TraceError> {
-        let settled = remote_call::settle(tid, Held::Nothing)?;
-        let held = self.unless_ended(tid, settled)?;
-        self.world.set_held(tid, held);
-        Ok(())
-    }
-
-    /// Takes a stopped thread to its next stop without letting it execute an instruction, so that a signal
-    /// that is queued but not yet reported (an int3's SIGTRAP, after PTRACE_INTERRUPT won the race) is held.
-    pub fn report_queued_signal(&mut self, tid: i32) -> Result<(), TraceError> {
-        sys::resume(tid, 0).map_err(TraceError::of("resume", tid))?;
-        loop {
-            match sys::wait(Of::Tracee(tid), Wait::Block).map_err(TraceError::Wait)? {
-                Waited::Stop(tid, event) => return self.on_stop(tid, event),
-                Waited::Nothing => {}
-                Waited::NoTracees => return Err(TraceError::Gone { tid }),
-            }
-        }
-    }
-
-    /// Registers of a stopped thread.
-    pub fn registers(&self, tid: i32) -> Result<Registers, TraceError> {
-        sys::registers(tid).map_err(TraceError::of("read the registers of", tid))
-    }
-
-    /// Sets the instruction pointer of a stopped thread.
-    pub fn set_rip(&self, tid: i32, rip: RemoteAddr) -> Result<(), TraceError> {
-        sys::set_rip(tid, rip.0).map_err(TraceError::of("set the instruction pointer of", tid))
-    }
-
-    /// Blocked signals of a stopped thread; bit `n - 1` is signal `n`.
-    pub fn mask(&self, tid: i32) -> Result<u64, TraceError> {
-        sys::signal_mask(tid).map_err(TraceError::of("read the signal mask of", tid))
-    }
-
-    /// Sets the blocked signals of a stopped thread.
-    pub fn set_mask(&self, tid: i32, mask: u64) -> Result<(), TraceError> {
-        sys::set_signal_mask(tid, mask).map_err(TraceError::of("set the signal mask of", tid))
-    }
-
-    /// Makes a system call in the name of the stopped thread `tid`. What the thread held is delivered first
-    /// when it is a signal; a group stop stays in force.
-    pub fn remote_syscall(&mut self, tid: i32, call: Call) -> Result<u64, TraceError> {
-        let gadgets = self.gadgets()?;
-        let held = self.world.held(tid).ok_or(TraceError::Gone { tid })?;
-        let settled = remote_call::settle(tid, held)?;
-        let held = self.unless_ended(tid, settled)?;
-        self.world.set_held(tid, held);
-        let outcome = self.without_seccomp(tid, |me| {
-            remote_call::call(tid, gadgets, call, held, &|addr, bytes| me.write(addr, bytes))
-        })?;
-        self.world.set_held(tid, outcome.held);
-        let raw = self.unless_ended(tid, outcome.result)?;
-        remote_call::decode_result(self.pid, call.name, raw)
-    }
-
-    /// From now on system calls in the target's name are made with its seccomp filters suspended, each for
-    /// just as long as it takes.
-    pub fn suspend_filters(&mut self) -> Result<(), Errno> {
-        let Some(tid) = self.world.tids().into_iter().find(|t| self.world.held(*t).is_some()) else {
-            return Err(Errno::ESRCH);
-        };
-        sys::suspend_seccomp(tid, true)?;
-        sys::suspend_seccomp(tid, false)?;
-        self.filtered = true;
-        Ok(())
-    }
-
-    fn without_seccomp<T>(
-        &mut self,
-        tid: i32,
-        act: impl FnOnce(&mut Self) -> Result<T, TraceError>,
-    ) -> Result<T, TraceError> {
-        if !self.filtered {
-            return act(self);
-        }
-        sys::suspend_seccomp(tid, true).map_err(TraceError::of("suspend the seccomp filter of", tid))?;
-        let result = act(self);
-        match sys::suspend_seccomp(tid, false) {
-            Ok(()) | Err(Errno::ESRCH) => result,
-            Err(errno) => Err(TraceError::of("restore the seccomp filter of", tid)(errno)),
-        }
-    }
-
-    fn unless_ended<T>(&mut self, tid: i32, result: Result<T, Ended>) -> Result<T, TraceError> {
-        result.map_err(|Ended(event)| {
-            // The machine has to know; what it answers is reported by `next`.
-            let reaction = self.world.on_stop(tid, event);
-            let _ = self.react(tid, event, reaction);
-            TraceError::Gone { tid }
-        })
-    }
-
-    fn gadgets(&mut self) -> Result<Gadgets, TraceError> {
-        if let Some(found) = self.gadgets {
-            return Ok(found);
-        }
-        let maps = maps::mappings(self.pid).map_err(|e| TraceError::Proc {
-            path: format!("/proc/{}/maps", self.pid),
-            source: std::io::Error::other(e),
-        })?;
-        let found = remote_call::find_gadgets(self.pid, &self.memory, &maps)?;
-        self.gadgets = Some(found);
-        Ok(found)
-    }
-
-    /// Makes a system call in the name of a child at its birth (see [`Notice::Forked`]).
-    pub fn child_syscall(&mut self, child: i32, call: Call) -> Result<u64, TraceError> {
-        let gadgets = self.gadgets()?;
-        let outcome = self.without_seccomp(child, |me| {
-            let write = |addr, bytes: &[u8]| me.write_child(child, addr, bytes);
-            remote_call::call(child, gadgets, call, Held::Nothing, &write)
-        })?;
-        match outcome.result {
-            Ok(raw) => remote_call::decode_result(child, call.name, raw),
-            Err(Ended(_)) => {
-                self.newborns.remove(&child);
-                Err(TraceError::Gone { tid: child })
-            }
-        }
-    }
-
-    /// Children stopped at their birth, of which no notice was handed out yet; none will be.
-    pub fn newborns(&mut self) -> Vec<i32> {
-        self.notices.retain(|n| !matches!(n, Notice::Forked(_)));
-        self.newborns.iter().copied().collect()
-    }
-
-    /// Whether a child runs in the process's own memory (see the head of this module).
-    pub fn has_guests(&self) -> bool {
-        !self.guests.is_empty()
-    }
-
-    /// Writes into a child at its birth.
-    pub fn write_child(&self, child: i32, addr: RemoteAddr, bytes: &[u8]) -> Result<(), TraceError> {
-        let path = format!("/proc/{child}/mem");
-        let file = File::options().write(true).open(&path);
-        write_memory(&file.map_err(|source| TraceError::Proc { path, source })?, child, addr, bytes)
-    }
-
-    /// Lets a child at its birth go, untraced.
-    pub fn release_child(&mut self, child: i32) -> Result<(), TraceError> {
-        self.newborns.remove(&child);
-        self.gone_is_fine(child, sys::detach(child, 0))
     }
 
     /// Ends tracing. Threads that are not stopped, and can't be, are let go by the kernel when we exit.

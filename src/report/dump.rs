@@ -4,10 +4,13 @@
 
 use super::ReportError;
 use super::facts::{file_warnings, write_header};
-use super::names::{location, place, thread_name};
+use super::names::{location, place};
 use super::text::{escaped, terminal_safe_json};
-use crate::capture::{CaptureError, CaptureReader, FrameId, Record, StackTable};
+use crate::capture::{
+    Allocation, CaptureError, CaptureReader, FrameId, LiveSet, Record, StackId, StackTable,
+};
 use serde_json::{Value, json};
+use std::collections::HashSet;
 use std::io::Write;
 
 /// A capture could not be dumped.
@@ -33,9 +36,35 @@ impl From<serde_json::Error> for DumpError {
     }
 }
 
-/// Writes everything that `reader` still holds. With `json`, one object per line: the header, the
-/// records, and at last how the file ends.
-pub fn dump(mut reader: CaptureReader, json: bool, out: &mut dyn Write) -> Result<(), DumpError> {
+/// The allocations of a capture of which something was left at its end, by their number in the order of the
+/// file, from 0. Holds what is live, no more.
+pub fn not_freed(reader: CaptureReader) -> Result<HashSet<u32>, DumpError> {
+    let mut live = LiveSet::new(reader.header().page_size);
+    let mut number = 0;
+    for record in reader {
+        match record? {
+            Record::Allocation(event) => {
+                // The set keeps an id of the caller's with each block: here it is the allocation's number.
+                live.allocate(&Allocation { stack: StackId(number), ..event }, 0);
+                number += 1;
+            }
+            Record::Free(event) => drop(live.free(event.address)),
+            Record::Unmap(event) => drop(live.unmap(&event)),
+            _ => {}
+        }
+    }
+    Ok(live.iter().map(|(block, _)| block.stack.0).collect())
+}
+
+/// Writes everything that `reader` still holds; of allocations and what became of them only the allocations in
+/// `only`, where that is given. With `json`, one object per line: the header, the records, and at last how the file
+/// ends.
+pub fn dump(
+    mut reader: CaptureReader,
+    json: bool,
+    only: Option<&HashSet<u32>>,
+    out: &mut dyn Write,
+) -> Result<(), DumpError> {
     if json {
         let header = json!({ "record": "header", "header": reader.header() });
         write_line(&header, out)?;
@@ -43,8 +72,12 @@ pub fn dump(mut reader: CaptureReader, json: bool, out: &mut dyn Write) -> Resul
         write_header(reader.header(), out)?;
         writeln!(out)?;
     }
+    let mut number = 0;
     while let Some(record) = reader.next() {
         let record = record?;
+        if !is_wanted(&record, only, &mut number) {
+            continue;
+        }
         if json {
             write_line(&as_json(&record, reader.stacks()), out)?;
         } else {
@@ -70,6 +103,18 @@ pub fn dump(mut reader: CaptureReader, json: bool, out: &mut dyn Write) -> Resul
         }
     }
     Ok(())
+}
+
+/// `number` counts the allocations met.
+fn is_wanted(record: &Record, only: Option<&HashSet<u32>>, number: &mut u32) -> bool {
+    match record {
+        Record::Allocation(_) => {
+            *number += 1;
+            only.is_none_or(|only| only.contains(&(*number - 1)))
+        }
+        Record::Free(_) | Record::FreeUnknown(_) | Record::Unmap(_) => only.is_none(),
+        _ => true,
+    }
 }
 
 fn write_line(value: &Value, out: &mut dyn Write) -> Result<(), DumpError> {
@@ -129,7 +174,12 @@ fn as_json(record: &Record, stacks: &StackTable) -> Value {
             })
         }
         Record::Thread(tid) => {
-            json!({ "record": "thread", "tid": tid, "name": thread_name(*tid, stacks) })
+            let known = |name: &String| (!name.is_empty()).then(|| name.clone());
+            let names = stacks.thread(*tid);
+            json!({
+                "record": "thread", "tid": tid,
+                "os_name": names.and_then(|n| known(&n.os)), "python_name": names.and_then(|n| known(&n.python)),
+            })
         }
         Record::Time(ns) => json!({ "record": "time", "ns": ns }),
         Record::Allocation(event) => json!({

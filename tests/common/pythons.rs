@@ -90,7 +90,7 @@ impl Python {
 
     /// True for the builds that allocation records are promised for.
     pub fn records_promised(&self) -> bool {
-        self.flavour == Flavour::Default && self.libc == "glibc"
+        self.flavour != Flavour::FreeThreaded && self.libc == "glibc"
     }
 
     /// A command that becomes this interpreter, without the caller's Python settings.

@@ -11,7 +11,7 @@ pub fn use_up(bytes: &[u8]) {
     let open = || CaptureReader::from_input("test", Box::new(Cursor::new(bytes.to_vec())));
     let Ok(reader) = open() else { return };
     for json in [false, true] {
-        dump(open().unwrap(), json, &mut sink()).unwrap();
+        dump(open().unwrap(), json, None, &mut sink()).unwrap();
     }
     drop(reader);
     for view in [View::HighWaterMark, View::Leaks, View::Temporary(2)] {
