@@ -1,6 +1,6 @@
 //! `heaptap attach`: records a running process.
 
-use super::parse::parse_duration;
+use super::parse::{parse_duration, parse_pid};
 use super::view::to_stdout;
 use crate::error::Error;
 use crate::recorder::examine::Examined;
@@ -33,7 +33,7 @@ many times slower while it is recorded. The target goes on undisturbed afterward
 is killed.")]
 pub struct AttachArgs {
     /// The process to record
-    #[arg(long, short, value_name = "PID")]
+    #[arg(long, short, value_name = "PID", value_parser = parse_pid, allow_negative_numbers = true)]
     pub pid: i32,
     /// The capture to write [default: heaptap-PID.heaptap]
     #[arg(long, short, value_name = "FILE")]

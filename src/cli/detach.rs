@@ -1,5 +1,6 @@
 //! `heaptap detach`: removes what a killed heaptap left in a process.
 
+use super::parse::parse_pid;
 use super::view::to_stdout;
 use crate::error::Error;
 use crate::inferior::error::TraceError;
@@ -23,7 +24,7 @@ Examples:
   heaptap detach --pid 1234")]
 pub struct DetachArgs {
     /// The process to clean
-    #[arg(long, short, value_name = "PID")]
+    #[arg(long, short, value_name = "PID", value_parser = parse_pid, allow_negative_numbers = true)]
     pub pid: i32,
 }
 

@@ -1,5 +1,6 @@
 //! `heaptap doctor`: can this process be attached to, and how would it be done? Writes nothing into it.
 
+use super::parse::parse_pid;
 use super::view::to_stdout;
 use crate::error::Error;
 use crate::inferior::memory::ProcessMemory;
@@ -25,7 +26,7 @@ Examples:
   heaptap doctor --pid 1234 --python-allocators")]
 pub struct DoctorArgs {
     /// The process to look at
-    #[arg(long, short, value_name = "PID")]
+    #[arg(long, short, value_name = "PID", value_parser = parse_pid, allow_negative_numbers = true)]
     pub pid: i32,
     /// Plan for CPython's own allocators, too
     #[arg(long)]
