@@ -72,9 +72,10 @@ fn subtitle(findings: &Findings) -> String {
         text.push_str(&format!("{dropped} EVENTS WERE DROPPED; "));
     }
     text.push_str(&format!(
-        "{}; Python {}; ",
+        "{}; Python {}, {} breakpoints; ",
         view_text(findings),
-        fitted(&escaped(&findings.header.python.version), 20)
+        fitted(&escaped(&findings.header.python.version), 20),
+        findings.header.breakpoints.name()
     ));
     let left = SUBTITLE.saturating_sub(text.chars().count()).max(20);
     text.push_str(&fitted(&escaped(&findings.header.command_line.join(" ")), left));

@@ -97,8 +97,13 @@ impl Tree {
         write_view(findings, out)?;
         let mut lines = Lines { findings, tree, whole: total(findings).bytes, width: format.width, out };
         let shown = tree.totals(StackId::EMPTY).total;
-        let root =
-            if stacks == 0 { "<all>".into() } else { format!("<the {} biggest stacks>", self.max_stacks) };
+        let root = if stacks == 0 {
+            "<all>".into()
+        } else if self.max_stacks == 1 {
+            "<the biggest stack>".into()
+        } else {
+            format!("<the {} biggest stacks>", self.max_stacks)
+        };
         lines.line(shown, "", &root)?;
         let own = tree.totals(StackId::EMPTY).own;
         if !own.is_empty() {
