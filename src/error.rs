@@ -6,6 +6,7 @@ use crate::capture::CaptureError;
 use crate::cpython::LocateError;
 use crate::image::ImageError;
 use crate::inferior::error::AttachError;
+use crate::inferior::maps::effective_capabilities;
 use crate::probe::error::ProbeError;
 use crate::recorder::RecordError;
 use crate::report::ReportError;
@@ -203,6 +204,12 @@ fn attach_hint(error: &AttachError) -> Option<String> {
         AttachError::IsThread { pid, .. } => Some(format!("attach to the process: --pid {pid}")),
         AttachError::NotPermitted { ptrace_scope, .. } => Some(match ptrace_scope {
             Some(3) => "kernel.yama.ptrace_scope is 3: no process may be traced until the next boot".into(),
+            // capability.h: CAP_SYS_PTRACE is 19.
+            _ if effective_capabilities().is_some_and(|caps| caps & (1 << 19) != 0) => {
+                "heaptap has CAP_SYS_PTRACE, so the process belongs to another user namespace (the host's, where heaptap \
+                 runs in a container) or a security module protects it: run heaptap where the process was started"
+                    .into()
+            }
             _ => "run heaptap as root, or give it CAP_SYS_PTRACE (in a container: --cap-add SYS_PTRACE); to trace \
                   processes of your own user, kernel.yama.ptrace_scope has to be 0"
                 .into(),

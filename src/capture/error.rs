@@ -66,6 +66,9 @@ impl CaptureError {
             Self::TooMany { .. } => Some("record for a shorter time"),
             Self::Document { .. } => None,
             Self::Open { .. } => Some("captures are the files that `heaptap attach` writes, named *.heaptap"),
+            Self::Read { source, .. } if source.kind() == io::ErrorKind::IsADirectory => {
+                Some("give the capture itself, a file")
+            }
             Self::Read { .. } => Some("copy the file to a sound disk and try again"),
             Self::NotACapture { .. } => {
                 Some("captures are the files that `heaptap attach` writes, named *.heaptap")

@@ -1,13 +1,15 @@
 //! `heaptap attach`: records a running process.
 
-use super::parse::parse_duration;
+use super::parse::{parse_duration, parse_pid};
+use super::view::to_stdout;
 use crate::error::Error;
 use crate::recorder::examine::Examined;
 use crate::recorder::record::{Observer, Progress, RecordOptions, Summary, record};
-use crate::report::text::{duration, number as count, size as bytes};
+use crate::report::ReportError;
+use crate::report::text::{counted, duration, escaped as printable, number as count, size as bytes};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use std::io::{IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -26,12 +28,12 @@ Examples:
   Can it be attached to? (writes nothing into it)
     heaptap doctor --pid 1234
 
-Every allocation stops the allocating thread for 20 to 150 µs: expect code that allocates much to run
-many times slower while it is recorded. The target goes on undisturbed afterwards, also when heaptap
+Every allocation stops the allocating thread for 20 to 150 µs: expect code that allocates much to run \
+many times slower while it is recorded. The target goes on undisturbed afterwards, also when heaptap \
 is killed.")]
 pub struct AttachArgs {
     /// The process to record
-    #[arg(long, short, value_name = "PID")]
+    #[arg(long, short, value_name = "PID", value_parser = parse_pid, allow_negative_numbers = true)]
     pub pid: i32,
     /// The capture to write [default: heaptap-PID.heaptap]
     #[arg(long, short, value_name = "FILE")]
@@ -78,7 +80,7 @@ pub fn run(args: &AttachArgs) -> Result<(), Error> {
     let mut console = Console::new(&options, args.quiet);
     let summary = record(&options, &mut console)?;
     console.finish();
-    print_summary(&summary, &options);
+    to_stdout(|out, _| Ok(print_summary(&summary, &options, out).map_err(ReportError::from)?))?;
     match summary.failed {
         Some(message) => Err(Error::RecordingFailed { message, capture: options.output }),
         None => Ok(()),
@@ -100,7 +102,7 @@ impl Console {
             bar.set_style(style);
         }
         let line_due = (!quiet && !terminal).then(|| Instant::now() + LINE_EVERY);
-        Self { bar, line_due, target: options.output.display().to_string() }
+        Self { bar, line_due, target: printable(&options.output.to_string_lossy()).into_owned() }
     }
 
     /// Takes the line of progress away.
@@ -112,15 +114,18 @@ impl Console {
 impl Observer for Console {
     fn recording(&mut self, examined: &Examined) {
         let breakpoints = examined.plan.entries.len() + examined.plan.words.len();
-        println!(
+        // Scripts wait for this line. One that has closed the pipe wants the capture all the same, and the
+        // target holds our breakpoints now: that nobody listens is no reason to end.
+        let mut out = io::stdout().lock();
+        let _ = writeln!(
+            out,
             "recording process {}: CPython {}, {}, {breakpoints} trap breakpoints, into {}",
             examined.pid,
             examined.python.version,
             examined.libc_name(),
             self.target
-        );
-        // Scripts wait for this line.
-        let _ = std::io::stdout().flush();
+        )
+        .and_then(|()| out.flush());
     }
 
     fn progress(&mut self, progress: Progress) {
@@ -139,46 +144,51 @@ impl Observer for Console {
             self.bar.tick();
         }
         if self.line_due.is_some_and(|due| Instant::now() >= due) {
-            eprintln!("{}", line());
+            let _ = writeln!(io::stderr(), "{}", line());
             self.line_due = Some(Instant::now() + LINE_EVERY);
         }
     }
 }
 
-fn print_summary(summary: &Summary, options: &RecordOptions) {
+fn print_summary(summary: &Summary, options: &RecordOptions, out: &mut dyn Write) -> io::Result<()> {
     let c = &summary.counters;
-    println!(
-        "recorded {} for {}: {}",
+    writeln!(
+        out,
+        "recorded process {} for {}; ended: {}",
         options.pid,
         duration(summary.elapsed.as_nanos() as u64),
-        summary.reason.text()
-    );
-    println!(
-        "  {} allocations, {} frees, {} frees of blocks from before, {} drops",
-        count(c.allocations),
-        count(c.frees),
-        count(c.frees_from_before),
-        count(c.drops)
-    );
-    println!(
-        "  peak {} live; {} in {} blocks not freed by the end",
+        printable(&summary.reason.text())
+    )?;
+    writeln!(
+        out,
+        "  {}, {}, {} of blocks from before, {}",
+        counted(c.allocations, "allocation"),
+        counted(c.frees, "free"),
+        counted(c.frees_from_before, "free"),
+        counted(c.drops, "drop")
+    )?;
+    writeln!(
+        out,
+        "  peak {} live; {} in {} not freed by the end",
         bytes(c.peak_live_bytes),
         bytes(c.live_bytes),
-        count(c.live_blocks)
-    );
+        counted(c.live_blocks, "block")
+    )?;
     if summary.unreadable_stacks > 0 {
-        println!("  {} Python stacks could not be read and are empty", count(summary.unreadable_stacks));
+        let stacks = counted(summary.unreadable_stacks, "Python stack");
+        writeln!(out, "  {stacks} could not be read: shown as none")?;
     }
     if summary.tally.missed_frees > 0 {
-        println!("  {} frees were not seen", count(summary.tally.missed_frees));
+        writeln!(out, "  {} not seen", counted(summary.tally.missed_frees, "free"))?;
     }
     for why in &summary.left.why {
-        println!("  left in the target: {} of thunks, because {why}", bytes(thunk_bytes(summary)));
+        writeln!(out, "  left in the target: {} of thunks, because {why}", bytes(thunk_bytes(summary)))?;
     }
     if !summary.left.why.is_empty() {
-        println!("  they do nothing; `heaptap detach --pid {}` removes them later", options.pid);
+        writeln!(out, "  they do nothing; `heaptap detach --pid {}` removes them later", options.pid)?;
     }
-    println!("wrote {} ({})", options.output.display(), bytes(summary.file_bytes));
+    let path = options.output.to_string_lossy();
+    writeln!(out, "wrote {} ({})", printable(&path), bytes(summary.file_bytes))
 }
 
 fn thunk_bytes(summary: &Summary) -> u64 {

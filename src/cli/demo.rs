@@ -2,12 +2,12 @@
 //! reports on what it saw.
 
 use super::attach::Console;
-use super::view::print;
+use super::view::{print, to_stdout};
 use crate::analysis::{View, analyse};
 use crate::capture::CaptureReader;
 use crate::error::Error;
 use crate::recorder::record::{RecordOptions, record};
-use crate::report::{FlameGraph, Format, Report, Summary, SummaryOrder, text};
+use crate::report::{FlameGraph, Format, Report, ReportError, Summary, SummaryOrder, text};
 use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -58,7 +58,7 @@ pub fn run(args: &DemoArgs) -> Result<(), Error> {
     let program = folder.join("demo.py");
     std::fs::write(&program, PROGRAM).map_err(|source| Error::Output { path: program.clone(), source })?;
     let target = Target::start(args.python.as_deref(), &program)?;
-    println!("started {} {} as process {}", target.python, program.display(), target.child.id());
+    say(format_args!("started {} {} as process {}", target.python, program.display(), target.child.id()))?;
     let capture = folder.join("demo.heaptap");
     let options = RecordOptions {
         pid: target.child.id() as i32,
@@ -77,14 +77,19 @@ pub fn run(args: &DemoArgs) -> Result<(), Error> {
     }
     let flames = folder.join("demo.svg");
     report(&capture, &flames)?;
-    println!();
-    println!("the leak is Session.__init__: sessions are kept for ever by Shop.remember");
-    println!("  the flame graph   {}", flames.display());
-    println!("  the capture       {}", capture.display());
-    println!("look further, for example:");
-    println!("  heaptap tree --leaks {}", capture.display());
-    println!("  heaptap attach --pid PID     (a process of your own)");
-    Ok(())
+    let (flames, capture) = (flames.display(), capture.display());
+    say(format_args!(
+        "\nthe leak is Session.__init__: sessions are kept for ever by Shop.remember\n  \
+         the flame graph   {flames}\n  \
+         the capture       {capture}\n\
+         look further, for example:\n  \
+         heaptap tree --leaks {capture}\n  \
+         heaptap attach --pid PID     (a process of your own)"
+    ))
+}
+
+fn say(text: std::fmt::Arguments) -> Result<(), Error> {
+    to_stdout(|out, _| Ok(writeln!(out, "{text}").map_err(ReportError::from)?))
 }
 
 fn folder(args: &DemoArgs) -> Result<PathBuf, Error> {
@@ -98,7 +103,7 @@ fn folder(args: &DemoArgs) -> Result<PathBuf, Error> {
 
 fn report(capture: &Path, flames: &Path) -> Result<(), Error> {
     let findings = analyse(CaptureReader::open(capture)?, View::Leaks)?;
-    println!();
+    say(format_args!(""))?;
     print(&Summary { order: SummaryOrder::Own, max_rows: 6 }, &findings, false)?;
     let output = |source| Error::Output { path: flames.to_owned(), source };
     let mut out = BufWriter::new(File::create(flames).map_err(output)?);

@@ -1,5 +1,7 @@
 //! `heaptap detach`: removes what a killed heaptap left in a process.
 
+use super::parse::parse_pid;
+use super::view::to_stdout;
 use crate::error::Error;
 use crate::inferior::error::TraceError;
 use crate::inferior::memory::ProcessMemory;
@@ -8,20 +10,21 @@ use crate::probe::install::LeftBehind;
 use crate::probe::region::REGION_LEN;
 use crate::probe::stale::{self, Stale};
 use crate::recorder::RecordError;
+use crate::report::ReportError;
 use crate::report::text::size as bytes;
 use clap::Args;
 
 /// Remove what a killed heaptap left in a process
 #[derive(Debug, Args)]
 #[command(after_help = "\
-A heaptap that ends by itself leaves nothing. One that is killed (SIGKILL, the OOM killer) leaves its thunks
+A heaptap that ends by itself leaves nothing. One that is killed (SIGKILL, the OOM killer) leaves its thunks \
 mapped; the target's first allocation takes the breakpoints out. This verb removes the rest.
 
 Examples:
   heaptap detach --pid 1234")]
 pub struct DetachArgs {
     /// The process to clean
-    #[arg(long, short, value_name = "PID")]
+    #[arg(long, short, value_name = "PID", value_parser = parse_pid, allow_negative_numbers = true)]
     pub pid: i32,
 }
 
@@ -29,20 +32,20 @@ pub struct DetachArgs {
 pub fn run(args: &DetachArgs) -> Result<(), Error> {
     let pid = args.pid;
     let found = find(pid)?;
-    if found.is_empty() {
-        println!("process {pid} holds nothing of heaptap's");
-        return Ok(());
-    }
-    let left = clean(pid, &found)?;
     let size = bytes((found.len() * REGION_LEN) as u64);
-    match left.why.first() {
-        None => println!("removed {size} of thunks from process {pid}"),
-        Some(why) => {
-            let stays = bytes((left.regions.len() * REGION_LEN) as u64);
-            println!("breakpoints are out of process {pid}; {stays} of thunks stay for now: {why}");
+    let told = if found.is_empty() {
+        format!("process {pid} holds nothing of heaptap's")
+    } else {
+        let left = clean(pid, &found)?;
+        match left.why.first() {
+            None => format!("removed {size} of thunks from process {pid}"),
+            Some(why) => {
+                let stays = bytes((left.regions.len() * REGION_LEN) as u64);
+                format!("breakpoints are out of process {pid}; {stays} of thunks stay for now: {why}")
+            }
         }
-    }
-    Ok(())
+    };
+    to_stdout(|out, _| Ok(writeln!(out, "{told}").map_err(ReportError::from)?))
 }
 
 fn find(pid: i32) -> Result<Vec<Stale>, RecordError> {

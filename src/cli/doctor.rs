@@ -1,5 +1,7 @@
 //! `heaptap doctor`: can this process be attached to, and how would it be done? Writes nothing into it.
 
+use super::parse::parse_pid;
+use super::view::to_stdout;
 use crate::error::Error;
 use crate::inferior::memory::ProcessMemory;
 use crate::inferior::{facts, maps};
@@ -8,14 +10,15 @@ use crate::probe::install::check_entries;
 use crate::recorder::RecordError;
 use crate::recorder::examine::{Examined, examine};
 use crate::recorder::header::{command_line, executable};
-use crate::report::text::escaped as printable;
+use crate::report::ReportError;
+use crate::report::text::{counted, escaped as printable};
 use clap::Args;
 use std::collections::BTreeMap;
 
 /// Tell whether and how a process can be attached to, without touching it
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Reads /proc and the process's memory; stops nothing and writes nothing. Exit code 0 when the process can be
+Reads /proc and the process's memory; stops nothing and writes nothing. Exit code 0 when the process can be \
 attached to, 3 when not.
 
 Examples:
@@ -23,7 +26,7 @@ Examples:
   heaptap doctor --pid 1234 --python-allocators")]
 pub struct DoctorArgs {
     /// The process to look at
-    #[arg(long, short, value_name = "PID")]
+    #[arg(long, short, value_name = "PID", value_parser = parse_pid, allow_negative_numbers = true)]
     pub pid: i32,
     /// Plan for CPython's own allocators, too
     #[arg(long)]
@@ -33,42 +36,67 @@ pub struct DoctorArgs {
 /// Runs the verb.
 pub fn run(args: &DoctorArgs) -> Result<(), Error> {
     let pid = args.pid;
-    about_process(pid);
-    let verdict = examine(pid, args.python_allocators).and_then(|examined| {
-        about_python(&examined);
-        about_allocators(&examined);
-        about_self_test(&examined)?;
-        check(&examined)
-    });
-    match verdict {
+    let mut page = Page::default();
+    let verdict = look(args, &mut page);
+    match &verdict {
         Ok(()) => {
-            println!("can attach: heaptap attach --pid {pid}");
-            Ok(())
+            let also = if args.python_allocators { " --python-allocators" } else { "" };
+            page.0.push_str(&format!("can attach: heaptap attach --pid {pid}{also}\n"));
         }
         Err(error) => {
-            let error = Error::Record(error);
             let hint = error.hint().map(|h| format!("; {h}")).unwrap_or_default();
-            println!("can't attach: {error}{hint}");
-            Err(Error::CannotAttach { pid })
+            page.0.push_str(&format!("can't attach: {}{}\n", printable(&whole(error)), printable(&hint)));
         }
+    }
+    to_stdout(|out, _| Ok(out.write_all(page.0.as_bytes()).map_err(ReportError::from)?))?;
+    verdict.map_err(|_| Error::CannotAttach { pid })
+}
+
+/// An error with what caused it, on one line.
+fn whole(error: &Error) -> String {
+    let causes = super::causes(error).into_iter().map(|cause| format!(": {cause}"));
+    std::iter::once(error.to_string()).chain(causes).collect()
+}
+
+fn look(args: &DoctorArgs, page: &mut Page) -> Result<(), Error> {
+    if let Err(error) = facts::check_attachable(args.pid) {
+        if maps::status(args.pid, args.pid).is_ok() {
+            about_process(page, args.pid);
+        }
+        return Err(Error::Record(error.into()));
+    }
+    about_process(page, args.pid);
+    let examined = examine(args.pid, args.python_allocators).map_err(Error::Record)?;
+    about_python(page, &examined);
+    about_allocators(page, &examined);
+    about_self_test(page, &examined)?;
+    Ok(check(&examined)?)
+}
+
+/// What is printed, at once and at the end: a reader that has gone then changes nothing.
+#[derive(Default)]
+struct Page(String);
+
+impl Page {
+    fn line(&mut self, name: &str, value: impl std::fmt::Display) {
+        let line = format!("{name:<18} {value}");
+        self.0.push_str(line.trim_end());
+        self.0.push('\n');
     }
 }
 
-fn line(name: &str, value: impl std::fmt::Display) {
-    println!("{name:<18} {value}");
-}
-
-fn about_process(pid: i32) {
-    line("process", format!("{pid} {}", printable(&command_line(pid).join(" "))));
-    line("executable", printable(&executable(pid)));
+fn about_process(page: &mut Page, pid: i32) {
+    page.line("process", format!("{pid} {}", printable(&command_line(pid).join(" "))));
+    let executable = executable(pid);
+    page.line("executable", if executable.is_empty() { "unknown".into() } else { printable(&executable) });
     if let Ok(status) = maps::status(pid, pid) {
-        line("user", format!("{} (heaptap runs as {})", status.euid, nix::unistd::geteuid()));
-        line("rights", rights());
-        line(
+        page.line("user", format!("{} (heaptap runs as {})", status.euid, nix::unistd::geteuid()));
+        page.line("rights", rights());
+        page.line(
             "traced by",
             if status.tracer_pid == 0 { "nobody".into() } else { status.tracer_pid.to_string() },
         );
-        line(
+        page.line(
             "seccomp",
             match status.seccomp {
                 Some(0) => "none",
@@ -77,9 +105,9 @@ fn about_process(pid: i32) {
                 None => "unknown",
             },
         );
-        line("threads", maps::tasks(pid).map_or(0, |t| t.len()));
+        page.line("threads", maps::tasks(pid).map_or(0, |t| t.len()));
     }
-    line("namespaces", namespaces(pid));
+    page.line("namespaces", namespaces(pid));
 }
 
 fn rights() -> String {
@@ -91,33 +119,42 @@ fn rights() -> String {
 }
 
 fn namespaces(pid: i32) -> String {
-    let differing: Vec<&str> = ["pid", "mnt", "user", "net"]
-        .into_iter()
-        .filter(|ns| {
-            let link = |who: &str| std::fs::read_link(format!("/proc/{who}/ns/{ns}")).ok();
-            link("self") != link(&pid.to_string())
-        })
-        .collect();
-    if differing.is_empty() { "heaptap's own".into() } else { format!("other: {}", differing.join(", ")) }
+    let (mut differing, mut unknown) = (Vec::new(), Vec::new());
+    for ns in ["pid", "mnt", "user", "net"] {
+        let link = |who: &str| std::fs::read_link(format!("/proc/{who}/ns/{ns}"));
+        match (link("self"), link(&pid.to_string())) {
+            (Ok(own), Ok(other)) if own == other => {}
+            (Ok(_), Ok(_)) => differing.push(ns),
+            _ => unknown.push(ns),
+        }
+    }
+    match (differing.is_empty(), unknown.is_empty()) {
+        (true, true) => "heaptap's own".into(),
+        (false, true) => format!("other: {}", differing.join(", ")),
+        (_, false) => "unknown (not permitted to look)".into(),
+    }
 }
 
-fn about_python(examined: &Examined) {
+fn about_python(page: &mut Page, examined: &Examined) {
     let python = &examined.python;
-    line("python", format!("CPython {}, {}", python.version, python.flavour));
+    page.line("python", format!("CPython {}, {}", python.version, python.flavour));
     for evidence in &python.evidence {
-        line(
+        page.line(
             "",
             format!("{}: {} ({})", evidence.fact, printable(&evidence.value), printable(&evidence.source)),
         );
     }
-    line("layout", &python.layout_source);
+    page.line("layout", &python.layout_source);
 }
 
-fn about_allocators(examined: &Examined) {
-    line("libc", examined.libc_name());
-    line("malloc is in", printable(&examined.allocator_library()));
+fn about_allocators(page: &mut Page, examined: &Examined) {
+    page.line("libc", examined.libc_name());
+    page.line("malloc is in", printable(&examined.allocator_library()));
     if !examined.stale.is_empty() {
-        line("left by heaptap", format!("{} region(s) of one that was killed", examined.stale.len()));
+        page.line(
+            "left by heaptap",
+            format!("{} of one that was killed", counted(examined.stale.len() as u64, "region")),
+        );
     }
     let mut by_module: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for entry in &examined.plan.entries {
@@ -125,18 +162,18 @@ fn about_allocators(examined: &Examined) {
         by_module.entry(&entry.module).or_default().push(format!("{names} {}", entry.address));
     }
     for (module, entries) in by_module {
-        line("trap breakpoints", printable(module));
+        page.line("trap breakpoints", printable(module));
         for entry in entries {
-            line("", entry);
+            page.line("", entry);
         }
     }
     for word in &examined.plan.words {
-        line("allocator table", format!("{} {} -> {}", word.function().name(), word.word, word.value));
+        page.line("allocator table", format!("{} {} -> {}", word.function().name(), word.word, word.value));
     }
 }
 
 /// The process runs while it is looked at: a thread that moves is looked at again.
-fn about_self_test(examined: &Examined) -> Result<(), RecordError> {
+fn about_self_test(page: &mut Page, examined: &Examined) -> Result<(), RecordError> {
     let memory = ProcessMemory::new(examined.pid);
     let tids: Vec<i32> = maps::namespaced_tasks(examined.pid)?.into_iter().map(|(_, inner)| inner).collect();
     let mut result = examined.python.self_test(&memory, &tids);
@@ -150,7 +187,9 @@ fn about_self_test(examined: &Examined) -> Result<(), RecordError> {
     let sample = passed.sample.as_ref().map_or_else(String::new, |s| {
         format!(", one in {} ({})", printable(&s.function), printable(&s.file))
     });
-    line("layout self-test", format!("passed: {} threads, {} frames{sample}", passed.threads, passed.frames));
+    let (threads, frames) =
+        (counted(passed.threads as u64, "thread"), counted(passed.frames as u64, "frame"));
+    page.line("layout self-test", format!("passed: {threads}, {frames}{sample}"));
     Ok(())
 }
 

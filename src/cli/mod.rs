@@ -1,4 +1,9 @@
 //! The command line: one file per verb. The only place that knows clap.
+//!
+//! Nothing here uses `println!`: it panics where the reader of our output has gone, and a verb may at that moment
+//! have a process stopped or breakpoints planted.
+
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod attach;
 mod demo;
@@ -96,12 +101,18 @@ pub fn run() -> ExitCode {
     exit.into()
 }
 
-/// What an error was caused by, outermost first.
+/// What an error was caused by, outermost first; what its message says already is left out.
 fn causes(error: &Error) -> Vec<String> {
     let mut causes = Vec::new();
+    let mut told = error.to_string();
     let mut source = std::error::Error::source(error);
     while let Some(cause) = source {
-        causes.push(cause.to_string());
+        // Many messages end with their cause.
+        let text = cause.to_string();
+        if !told.ends_with(&text) {
+            causes.push(text.clone());
+        }
+        told = text;
         source = cause.source();
     }
     causes

@@ -2,6 +2,15 @@
 
 use std::time::Duration;
 
+/// Reads the id of a process.
+pub fn parse_pid(text: &str) -> Result<i32, String> {
+    match text.parse::<i64>() {
+        Ok(pid @ 1..=0x7fff_ffff) => Ok(pid as i32),
+        Ok(_) => Err("no process has such an id: it is a number from 1 up".to_string()),
+        Err(_) => Err("a process is given by its number, as `pgrep -af python` shows it".to_string()),
+    }
+}
+
 /// Reads `30`, `30s`, `500ms`, `5m`, `1h`.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
@@ -24,6 +33,14 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pid_is_a_positive_number() {
+        assert_eq!(parse_pid("1234"), Ok(1234));
+        for bad in ["0", "-1", "2147483648", "99999999999999999999", "", "python", "12 "] {
+            assert!(parse_pid(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn times_are_read_in_the_units_people_write() {

@@ -16,7 +16,7 @@ Examples:
   heaptap stacks --pid 4242 --json | jq '.threads[].name'")]
 pub struct Args {
     /// The process to look at
-    #[arg(long, short, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    #[arg(long, short, value_name = "PID", value_parser = super::parse::parse_pid, allow_negative_numbers = true)]
     pub pid: i32,
     /// Don't stop it: read each thread until two readings agree
     #[arg(long)]

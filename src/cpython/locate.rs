@@ -20,8 +20,7 @@ const SCAN_STEP: u64 = 1 << 20;
 pub enum LocateError {
     /// Nothing of Python's is mapped.
     #[error(
-        "no CPython was found in the process ({executable}): neither the executable nor a library defines _PyRuntime. \
-         If this is a launcher or a supervisor, attach to the Python process it started"
+        "no CPython was found in the process ({executable}): neither the executable nor a library defines _PyRuntime"
     )]
     NoPython {
         /// The first binary.

@@ -6,6 +6,7 @@
 //! way holds, that call has let go of it: its free is written first. A call that fails gives nothing back.
 
 use super::RecordError;
+use super::given_back::GivenBack;
 use crate::addr::RemoteAddr;
 use crate::capture::{
     Allocation, AllocatorKind, CaptureWriter, Displaced, DropReason, FrameId, Free, FreeUnknown, LiveSet,
@@ -49,12 +50,15 @@ pub struct Tally {
     pub missed_frees: u64,
     /// Calls whose beginning or end was not seen.
     pub unmatched: u64,
+    /// Blocks that libc freed a second time by itself, at a thread's end: no events of the program.
+    pub freed_again: u64,
 }
 
 /// The ledger of one recording.
 pub struct Ledger {
     writer: CaptureWriter,
     live: LiveSet,
+    given_back: GivenBack,
     under_way: Vec<UnderWay>,
     locations: HashMap<LocationKey, (Arc<str>, Arc<str>, FrameId)>,
     frame_ids: Vec<FrameId>,
@@ -68,6 +72,7 @@ impl Ledger {
         Self {
             writer,
             live: LiveSet::new(page_size),
+            given_back: GivenBack::default(),
             under_way: Vec::new(),
             locations: HashMap::new(),
             frame_ids: Vec::new(),
@@ -179,6 +184,7 @@ impl Ledger {
         stack: &[Location],
     ) -> Result<(), RecordError> {
         self.let_go_of_overlapped(address, size)?;
+        self.given_back.allocated(address);
         let stack = self.intern(stack)?;
         let event = Allocation { allocator: kind(function), tid: tid as u32, address, size, stack };
         if let Displaced::Block(_) = self.live.allocate(&event, self.now_ns) {
@@ -221,8 +227,13 @@ impl Ledger {
     fn free_block(&mut self, tid: i32, function: Function, address: RemoteAddr) -> Result<(), RecordError> {
         let (deallocator, tid) = (kind(function), tid as u32);
         if self.live.free(address).is_some() {
+            self.given_back.freed(address);
             Ok(self.writer.free(Free { deallocator, tid, address })?)
+        } else if function == Function::Free && self.given_back.holds(address) {
+            self.tally.freed_again += 1;
+            Ok(())
         } else {
+            self.given_back.freed(address);
             Ok(self.writer.free_unknown(FreeUnknown { deallocator, tid, address })?)
         }
     }

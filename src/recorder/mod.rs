@@ -4,6 +4,7 @@
 //! Knows live processes and the capture's writer; knows nothing of reports or of the command line.
 
 pub mod examine;
+pub mod given_back;
 pub mod header;
 pub mod ledger;
 pub mod look;

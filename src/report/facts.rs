@@ -168,7 +168,10 @@ pub(super) fn write_header(header: &Header, out: &mut dyn Write) -> io::Result<(
         known(&header.command_line.join(" "))
     )?;
     let what = match header.sampling_mean_bytes {
-        None => "every allocation".to_owned(),
+        None if header.python_allocators => {
+            "every malloc and mmap, and every allocation of CPython's own".to_owned()
+        }
+        None => "every malloc and mmap".to_owned(),
         Some(mean) => format!("a sample of one per {} (figures are of the sample)", size(mean)),
     };
     writeln!(

@@ -19,6 +19,8 @@ const FINEST: u64 = 20_000;
 const MAX_DEPTH: usize = 400;
 /// Characters of a frame's name.
 const MAX_NAME: usize = 200;
+/// Characters of the subtitle: 12 px Verdana or monospace in a picture 1200 px wide.
+const SUBTITLE: usize = 150;
 /// Bytes of text handed to inferno.
 const MAX_TEXT: usize = 64 << 20;
 /// inferno adds sizes up as floating-point numbers in places: exact to here.
@@ -59,21 +61,24 @@ fn title(findings: &Findings) -> String {
     format!("heaptap: pid {}, {}", findings.header.pid, size(total(findings).bytes))
 }
 
+/// One line that fits the picture; what makes the figures doubtful comes first.
 fn subtitle(findings: &Findings) -> String {
-    let mut text = format!(
-        "{}; Python {}, {} breakpoints; {}",
-        view_text(findings),
-        escaped(&findings.header.python.version),
-        findings.header.breakpoints.name(),
-        fitted(&escaped(&findings.header.command_line.join(" ")), 80)
-    );
-    let dropped = findings.missing.dropped;
+    let mut text = String::new();
     if findings.cut.is_some() || findings.damage.chunks > 0 {
-        text.push_str("; THE FILE IS CUT OR DAMAGED");
+        text.push_str("THE FILE IS CUT OR DAMAGED; ");
     }
+    let dropped = findings.missing.dropped;
     if dropped > 0 {
-        text.push_str(&format!("; {dropped} EVENTS WERE DROPPED"));
+        text.push_str(&format!("{dropped} EVENTS WERE DROPPED; "));
     }
+    text.push_str(&format!(
+        "{}; Python {}, {} breakpoints; ",
+        view_text(findings),
+        fitted(&escaped(&findings.header.python.version), 20),
+        findings.header.breakpoints.name()
+    ));
+    let left = SUBTITLE.saturating_sub(text.chars().count()).max(20);
+    text.push_str(&fitted(&escaped(&findings.header.command_line.join(" ")), left));
     text
 }
 

@@ -3,6 +3,7 @@
 //! A report knows how to write itself and nothing of how a capture is read. All text from the target
 //! passes through [`text`], so that no name in it reaches a terminal as a control code.
 
+mod columns;
 pub mod dump;
 mod facts;
 mod flamegraph;

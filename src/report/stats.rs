@@ -181,13 +181,9 @@ fn write_histogram(findings: &Findings, out: &mut dyn Write) -> io::Result<()> {
     for bin in bins {
         let length = (u128::from(bin.count) * u128::from(BAR)).div_ceil(u128::from(most)) as usize;
         let bar = "▇".repeat(length);
-        writeln!(
-            out,
-            "{:>10} … {:>10} {:>12} {bar}",
-            size(bin.min_bytes),
-            size(bin.max_bytes),
-            number(bin.count)
-        )?;
+        let (min, max, count) = (size(bin.min_bytes), size(bin.max_bytes), number(bin.count));
+        let line = format!("{min:>10} … {max:>10} {count:>12} {bar}");
+        writeln!(out, "{}", line.trim_end())?;
     }
     Ok(())
 }

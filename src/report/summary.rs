@@ -1,15 +1,13 @@
 //! `summary`: one row per function, own memory and with everything it called.
 
+use super::columns::{Column, Kind, write_columns};
 use super::facts::{Facts, Shown, total, write_view};
 use super::names::{function, location};
-use super::text::{fitted, number, percent, share, size};
+use super::text::{number, percent, share, size};
 use super::{Format, Report, ReportError, limited, write_json, write_rest};
 use crate::analysis::{CallTree, Findings, FunctionRow, functions};
 use serde::Serialize;
 use std::io::Write;
-use tabled::builder::Builder;
-use tabled::settings::object::Columns;
-use tabled::settings::{Alignment, Style};
 
 /// What the rows are ordered by, biggest first.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -53,8 +51,14 @@ struct Row<'a> {
     own_count: u64,
 }
 
-/// Columns of the table beside the location, with their borders.
-const OTHER_COLUMNS: usize = 66;
+const COLUMNS: [Column; 6] = [
+    Column { heading: "Location", short: "Location", kind: Kind::Location },
+    Column { heading: "Total Memory", short: "Total", kind: Kind::Figures },
+    Column { heading: "Total %", short: "%", kind: Kind::Share },
+    Column { heading: "Own Memory", short: "Own", kind: Kind::Figures },
+    Column { heading: "Own %", short: "%", kind: Kind::Share },
+    Column { heading: "Allocations", short: "Count", kind: Kind::Figures },
+];
 
 impl Report for Summary {
     fn write(&self, findings: &Findings, format: Format, out: &mut dyn Write) -> Result<(), ReportError> {
@@ -86,22 +90,20 @@ impl Summary {
     ) -> Result<(), ReportError> {
         write_view(findings, out)?;
         let whole = total(findings).bytes;
-        let width = format.width.map_or(usize::MAX, |width| width.saturating_sub(OTHER_COLUMNS).max(20));
-        let mut table = Builder::default();
-        table.push_record(["Location", "Total Memory", "Total %", "Own Memory", "Own %", "Allocations"]);
-        for row in rows {
-            table.push_record([
-                fitted(&function(row.frame, &findings.stacks), width).into_owned(),
-                size(row.total.bytes),
-                share(row.total.bytes, whole),
-                size(row.own.bytes),
-                share(row.own.bytes, whole),
-                number(row.own.count),
-            ]);
-        }
-        let mut table = table.build();
-        table.with(Style::psql()).modify(Columns::new(1..), Alignment::right());
-        writeln!(out, "{table}")?;
+        let cells: Vec<Vec<String>> = rows
+            .iter()
+            .map(|row| {
+                vec![
+                    function(row.frame, &findings.stacks),
+                    size(row.total.bytes),
+                    share(row.total.bytes, whole),
+                    size(row.own.bytes),
+                    share(row.own.bytes, whole),
+                    number(row.own.count),
+                ]
+            })
+            .collect();
+        write_columns(&COLUMNS, &cells, format.width, out)?;
         write_rest(rows.len(), all, out)?;
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! `table`: one row per allocation site: innermost location, thread, allocator.
 
+use super::columns::{Column, Kind, write_columns};
 use super::facts::{Facts, Shown, total, write_view};
 use super::names::{Location, location, place, thread, thread_name};
 use super::text::{fitted, number, percent, share, size};
@@ -9,9 +10,6 @@ use crate::capture::{AllocatorKind, FrameId};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io::Write;
-use tabled::builder::Builder;
-use tabled::settings::object::Columns;
-use tabled::settings::{Alignment, Style};
 
 /// The report.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,8 +42,14 @@ struct Row<'a> {
     count: u64,
 }
 
-/// Columns of the table beside the location, with their borders.
-const OTHER_COLUMNS: usize = 78;
+const COLUMNS: [Column; 6] = [
+    Column { heading: "Size", short: "Size", kind: Kind::Figures },
+    Column { heading: "Size %", short: "%", kind: Kind::Share },
+    Column { heading: "Allocations", short: "Count", kind: Kind::Figures },
+    Column { heading: "Allocator", short: "By", kind: Kind::Words },
+    Column { heading: "Thread", short: "Thread", kind: Kind::Words },
+    Column { heading: "Location", short: "Location", kind: Kind::Location },
+];
 
 impl Report for Table {
     fn write(&self, findings: &Findings, format: Format, out: &mut dyn Write) -> Result<(), ReportError> {
@@ -75,22 +79,20 @@ impl Table {
     ) -> Result<(), ReportError> {
         write_view(findings, out)?;
         let whole = total(findings).bytes;
-        let width = format.width.map_or(usize::MAX, |width| width.saturating_sub(OTHER_COLUMNS).max(20));
-        let mut table = Builder::default();
-        table.push_record(["Size", "Size %", "Allocations", "Allocator", "Thread", "Location"]);
-        for ((frame, tid, allocator), totals) in rows {
-            table.push_record([
-                size(totals.bytes),
-                share(totals.bytes, whole),
-                number(totals.count),
-                allocator.name().to_owned(),
-                fitted(&thread(*tid, &findings.stacks), 24).into_owned(),
-                fitted(&place(*frame, &findings.stacks), width).into_owned(),
-            ]);
-        }
-        let mut table = table.build();
-        table.with(Style::psql()).modify(Columns::new(..3), Alignment::right());
-        writeln!(out, "{table}")?;
+        let cells: Vec<Vec<String>> = rows
+            .iter()
+            .map(|((frame, tid, allocator), totals)| {
+                vec![
+                    size(totals.bytes),
+                    share(totals.bytes, whole),
+                    number(totals.count),
+                    allocator.name().to_owned(),
+                    fitted(&thread(*tid, &findings.stacks), 24).into_owned(),
+                    place(*frame, &findings.stacks),
+                ]
+            })
+            .collect();
+        write_columns(&COLUMNS, &cells, format.width, out)?;
         write_rest(rows.len(), all, out)?;
         Ok(())
     }

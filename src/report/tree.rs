@@ -96,7 +96,15 @@ impl Tree {
     ) -> Result<(), ReportError> {
         write_view(findings, out)?;
         let mut lines = Lines { findings, tree, whole: total(findings).bytes, width: format.width, out };
-        lines.line(tree.totals(StackId::EMPTY).total, "", "<all>")?;
+        let shown = tree.totals(StackId::EMPTY).total;
+        let root = if stacks == 0 {
+            "<all>".into()
+        } else if self.max_stacks == 1 {
+            "<the biggest stack>".into()
+        } else {
+            format!("<the {} biggest stacks>", self.max_stacks)
+        };
+        lines.line(shown, "", &root)?;
         let own = tree.totals(StackId::EMPTY).own;
         if !own.is_empty() {
             let last = tree.children(StackId::EMPTY).is_empty();

@@ -1,0 +1,131 @@
+//! A table for people, in as many columns of the terminal as there are.
+//!
+//! What can be left out is left out before a line would wrap: first the long headings, then the columns that repeat
+//! others (a share of what stands beside it), and the middle of locations at all times.
+
+use super::ReportError;
+use super::text::fitted;
+use std::io::Write;
+use tabled::builder::Builder;
+use tabled::settings::object::{Columns, Rows};
+use tabled::settings::{Alignment, Modify, Style};
+
+/// Characters that a location keeps before other columns go.
+const LEAST_LOCATION: usize = 28;
+
+/// What is done with a column.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Figures: to the right.
+    Figures,
+    /// Figures that a narrow terminal does without.
+    Share,
+    /// Words: to the left.
+    Words,
+    /// What takes all the room that is left. One per table.
+    Location,
+}
+
+/// One column.
+pub(super) struct Column {
+    /// Its heading.
+    pub(super) heading: &'static str,
+    /// The same where there is little room.
+    pub(super) short: &'static str,
+    /// What is done with it.
+    pub(super) kind: Kind,
+}
+
+/// Writes the rows, each with one cell per column. `width` is the terminal's, if it is one.
+pub(super) fn write_columns(
+    columns: &[Column],
+    rows: &[Vec<String>],
+    width: Option<usize>,
+    out: &mut dyn Write,
+) -> Result<(), ReportError> {
+    let width = width.unwrap_or(usize::MAX);
+    let layouts = [(false, true), (true, true), (true, false)];
+    let room = |(short, shares)| width.saturating_sub(taken(columns, rows, short, shares));
+    let fits = |layout: &&(bool, bool)| room(**layout) >= LEAST_LOCATION;
+    let (short, shares) = *layouts.iter().find(fits).unwrap_or(&layouts[2]);
+    let location = room((short, shares)).max(LEAST_LOCATION / 2);
+    let kept: Vec<(usize, &Column)> = kept(columns, shares).collect();
+    let mut table = Builder::default();
+    table.push_record(kept.iter().map(|(_, column)| heading(column, short)));
+    for row in rows {
+        table.push_record(kept.iter().map(|(at, column)| match column.kind {
+            Kind::Location => fitted(&row[*at], location).into_owned(),
+            _ => row[*at].clone(),
+        }));
+    }
+    let mut table = table.build();
+    table.with(Style::psql());
+    for (at, (_, column)) in kept.iter().enumerate() {
+        if matches!(column.kind, Kind::Figures | Kind::Share) {
+            table.with(Modify::new(Columns::one(at)).with(Alignment::right()));
+        }
+    }
+    table.with(Modify::new(Rows::first()).with(Alignment::left()));
+    for line in table.to_string().lines() {
+        writeln!(out, "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
+fn heading(column: &Column, short: bool) -> &'static str {
+    if short { column.short } else { column.heading }
+}
+
+fn kept(columns: &[Column], shares: bool) -> impl Iterator<Item = (usize, &Column)> {
+    columns.iter().enumerate().filter(move |(_, column)| shares || column.kind != Kind::Share)
+}
+
+/// Characters of a line that are not the location's: the other cells, two blanks per cell, a border between two.
+fn taken(columns: &[Column], rows: &[Vec<String>], short: bool, shares: bool) -> usize {
+    let mut taken = 0;
+    for (at, column) in kept(columns, shares) {
+        taken += 3;
+        if column.kind != Kind::Location {
+            let cells = rows.iter().map(|row| row[at].chars().count());
+            taken += cells.chain([heading(column, short).len()]).max().unwrap_or(0);
+        }
+    }
+    taken.saturating_sub(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const COLUMNS: [Column; 4] = [
+        Column { heading: "Location", short: "Location", kind: Kind::Location },
+        Column { heading: "Total Memory", short: "Total", kind: Kind::Figures },
+        Column { heading: "Total %", short: "%", kind: Kind::Share },
+        Column { heading: "Thread", short: "Thread", kind: Kind::Words },
+    ];
+
+    fn lines(width: Option<usize>) -> Vec<String> {
+        let location = "Application.handle (/srv/shop/lib/python3.12/site-packages/shop/handlers.py:120)";
+        let row = vec![location.to_owned(), "1023.9 MiB".into(), "100.0%".into(), "4242 (worker)".into()];
+        let mut out = Vec::new();
+        write_columns(&COLUMNS, &[row], width, &mut out).unwrap();
+        String::from_utf8(out).unwrap().lines().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn no_line_is_wider_than_the_terminal() {
+        for width in 56..200 {
+            for line in lines(Some(width)) {
+                assert!(line.chars().count() <= width, "{width}: {line}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_there_is_no_room_for_is_left_out_in_order() {
+        assert!(lines(None)[2].contains("site-packages/shop/handlers.py:120)"));
+        assert!(lines(None)[0].contains("Total Memory") && lines(Some(80))[0].contains("Total Memory"));
+        assert!(!lines(Some(70))[0].contains("Memory") && lines(Some(70))[0].contains('%'));
+        assert!(!lines(Some(60))[0].contains('%') && lines(Some(60))[2].contains("1023.9 MiB"));
+    }
+}
