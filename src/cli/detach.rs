@@ -37,7 +37,10 @@ pub fn run(args: &DetachArgs) -> Result<(), Error> {
     let size = bytes((found.len() * REGION_LEN) as u64);
     match left.why.first() {
         None => println!("removed {size} of thunks from process {pid}"),
-        Some(why) => println!("breakpoints are out of process {pid}; {size} of thunks stay for now: {why}"),
+        Some(why) => {
+            let stays = bytes((left.regions.len() * REGION_LEN) as u64);
+            println!("breakpoints are out of process {pid}; {stays} of thunks stay for now: {why}");
+        }
     }
     Ok(())
 }

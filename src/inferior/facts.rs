@@ -1,6 +1,7 @@
 //! What /proc tells of a process or thread before and while it is traced. Reads only.
 
 use super::error::{AttachError, TraceError};
+use super::maps;
 use procfs::ProcError;
 use procfs::process::{Process, Status};
 
@@ -37,6 +38,16 @@ pub fn threads(pid: i32) -> Result<Vec<i32>, TraceError> {
         Err(source) => return Err(TraceError::Proc { path, source }),
     };
     Ok(entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
+}
+
+/// Whether any thread of `pid` runs under seccomp, by a filter or strictly. Each thread may have filters of its own.
+pub fn has_seccomp(pid: i32) -> Result<bool, TraceError> {
+    for tid in threads(pid)? {
+        if status(tid)?.is_some_and(|s| s.seccomp.unwrap_or(0) != 0) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// `/proc/PID/comm`, without its newline.
@@ -97,7 +108,7 @@ pub(super) fn not_permitted(pid: i32) -> AttachError {
 /// Refuses what the kernel would not let us trace: opening the target's memory for writing takes the same
 /// check as PTRACE_ATTACH (`ptrace_may_access` with PTRACE_MODE_ATTACH), and changes nothing.
 pub fn check_permitted(pid: i32) -> Result<(), AttachError> {
-    let path = format!("/proc/{pid}/mem");
+    let path = format!("/proc/{}/mem", maps::memory_holder(pid));
     match std::fs::File::options().read(true).write(true).open(&path) {
         Ok(_) => Ok(()),
         Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Err(not_permitted(pid)),

@@ -53,9 +53,21 @@ impl FactError {
     }
 }
 
+/// The thread by whose id the memory of process `pid` can be reached: its leader, or, when that has exited before the
+/// others (pthread_exit in the main thread), one of those. A dead leader has no memory any more, but its process has.
+pub fn memory_holder(pid: i32) -> i32 {
+    let dead = |tid: i32| status(pid, tid).map_or(true, |s| matches!(s.state, 'Z' | 'X'));
+    if !dead(pid) {
+        return pid;
+    }
+    tasks(pid).unwrap_or_default().into_iter().find(|tid| !dead(*tid)).unwrap_or(pid)
+}
+
 /// The memory map of `pid`, by ascending address.
 pub fn mappings(pid: i32) -> Result<Vec<Mapping>, FactError> {
-    let maps = Process::new(pid).and_then(|p| p.maps()).map_err(|e| FactError::new(pid, "maps", e))?;
+    let maps = Process::new(memory_holder(pid))
+        .and_then(|p| p.maps())
+        .map_err(|e| FactError::new(pid, "maps", e))?;
     Ok(maps.into_iter().map(mapping).collect())
 }
 

@@ -1,5 +1,6 @@
 //! [`RemoteMemory`] of a live process, by `process_vm_readv(2)`. Reads only; needs no stop.
 
+use super::maps;
 use crate::addr::RemoteAddr;
 use crate::memory::{ReadError, RemoteMemory};
 use nix::errno::Errno;
@@ -21,6 +22,17 @@ impl ProcessMemory {
     pub fn new(pid: i32) -> Self {
         Self { pid: Pid::from_raw(pid) }
     }
+
+    fn readv(&self, local: &mut [IoSliceMut<'_>], remote: &[RemoteIoVec]) -> Result<usize, Errno> {
+        match process_vm_readv(self.pid, local, remote) {
+            // The process is gone, or only its leader.
+            Err(Errno::ESRCH) => match maps::memory_holder(self.pid.as_raw()) {
+                tid if tid == self.pid.as_raw() => Err(Errno::ESRCH),
+                tid => process_vm_readv(Pid::from_raw(tid), local, remote),
+            },
+            answer => answer,
+        }
+    }
 }
 
 impl RemoteMemory for ProcessMemory {
@@ -30,7 +42,7 @@ impl RemoteMemory for ProcessMemory {
         while done < len {
             let at = addr.offset(done as u64);
             let remote = [RemoteIoVec { base: at.0 as usize, len: len - done }];
-            match process_vm_readv(self.pid, &mut [IoSliceMut::new(&mut buf[done..])], &remote) {
+            match self.readv(&mut [IoSliceMut::new(&mut buf[done..])], &remote) {
                 Ok(0) | Err(Errno::EFAULT) => return Err(ReadError::Unmapped { addr, len }),
                 Ok(n) => done += n,
                 Err(Errno::EINTR) => {}
@@ -53,7 +65,7 @@ impl RemoteMemory for ProcessMemory {
                 .collect();
             let mut local: Vec<_> = batch.iter_mut().map(|(_, buf)| IoSliceMut::new(buf)).collect();
             // The kernel stops at the first element that it cannot read whole; what came before is good.
-            let mut read = process_vm_readv(self.pid, &mut local, &remote).unwrap_or(0);
+            let mut read = self.readv(&mut local, &remote).unwrap_or(0);
             while next < end && read >= remote[next + remote.len() - end].len {
                 read -= remote[next + remote.len() - end].len;
                 filled[next] = true;

@@ -76,7 +76,7 @@ impl Inferior {
     /// Seizes every thread of `pid`; they go on running. Refuses, with nothing changed, what can't be traced.
     pub fn seize(pid: i32) -> Result<Self, AttachError> {
         facts::check_attachable(pid)?;
-        let path = format!("/proc/{pid}/mem");
+        let path = format!("/proc/{}/mem", maps::memory_holder(pid));
         let mem_file = match File::options().read(true).write(true).open(&path) {
             Ok(file) => file,
             Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {

@@ -42,6 +42,14 @@ pub enum Observation {
         /// Which block.
         address: RemoteAddr,
     },
+    /// A block may be given back inside another call: it counts when it is not what that call is about (a hook in the
+    /// allocator, such as tracemalloc's, keeps books of its own).
+    FreedInside {
+        /// By which function.
+        function: Function,
+        /// Which block.
+        address: RemoteAddr,
+    },
     /// A call ended.
     Ended {
         /// Which function.
@@ -126,9 +134,15 @@ impl Calls {
     fn entry(&mut self, tid: i32, index: usize, regs: &Registers, memory: &dyn RemoteMemory) -> Hit {
         let thunk = self.thunks[index];
         let request = thunk.function.request(regs);
-        let pass = Hit { goes_on: Some(thunk.bypass), observation: Observation::Nothing };
-        if self.is_inside(tid, regs.rsp, memory) || request == Request::Nothing {
-            return pass;
+        let pass = |observation| Hit { goes_on: Some(thunk.bypass), observation };
+        if request == Request::Nothing {
+            return pass(Observation::Nothing);
+        }
+        if self.is_inside(tid, regs.rsp, memory) {
+            return pass(match request {
+                Request::Free { address } => Observation::FreedInside { function: thunk.function, address },
+                _ => Observation::Nothing,
+            });
         }
         // `record` pushes 8 bytes and the return address below the entry's stack pointer.
         let slot = RemoteAddr(regs.rsp).back(16);

@@ -9,6 +9,7 @@ use super::calls::{Calls, Observation, Trap};
 use super::error::ProbeError;
 use super::place::places;
 use super::plan::{ENTRY_BYTES, Plan};
+use super::references;
 use super::region::{self, ACTION_LEN, Controller, INT3, Observed, Patch, REGION_LEN, Region};
 use crate::addr::RemoteAddr;
 use crate::inferior::error::TraceError;
@@ -53,6 +54,9 @@ pub struct LeftBehind {
     pub regions: Vec<RemoteAddr>,
     /// Why, in words for the user.
     pub why: Vec<String>,
+    /// A thread may be running in one of them. Otherwise nothing in them does anything, but the application keeps an
+    /// address in them.
+    pub busy: bool,
 }
 
 /// Checks that memory at every entry point is what its file has there, and that every table's word is as planned.
@@ -329,8 +333,11 @@ impl Installed {
         see: &mut dyn FnMut(&Inferior, i32, &Registers, Observation),
     ) -> Result<LeftBehind, ProbeError> {
         let mut left = LeftBehind::default();
+        let mut changed = Vec::new();
         for patch in &self.patches {
-            self.lift_patch(inferior, patch, &mut left)?;
+            if !self.lift_patch(inferior, patch)? {
+                changed.push(*patch);
+            }
         }
         self.settle_traps(inferior, see)?;
         let start = Instant::now();
@@ -340,25 +347,46 @@ impl Installed {
                     "a thread was still inside an allocator call after {} s",
                     QUIET_PATIENCE.as_secs()
                 ));
+                left.busy = true;
                 break;
             }
             self.run_a_while(inferior, see)?;
         }
         self.clean_newborns(inferior)?;
-        let tid = calling_thread(inferior)?;
-        if self.handler_installed && left.why.is_empty() {
-            let original = self.regions[0].offset(region::ORIGINAL_ACTION);
-            inferior.remote_syscall(tid, sigaction(original, RemoteAddr::NULL))?;
-        }
-        if left.why.is_empty() {
-            for region in &self.regions {
-                inferior.remote_syscall(tid, munmap(*region))?;
-            }
-        } else {
-            left.regions.clone_from(&self.regions);
-        }
+        self.remove_regions(inferior, &changed, &mut left)?;
         inferior.set_bypasses(HashMap::new());
         Ok(left)
+    }
+
+    /// Gives SIGTRAP its disposition back and unmaps what nobody can run into any more.
+    fn remove_regions(
+        &self,
+        inferior: &mut Inferior,
+        changed: &[Patch],
+        left: &mut LeftBehind,
+    ) -> Result<(), ProbeError> {
+        if left.busy {
+            left.regions.clone_from(&self.regions);
+            return Ok(());
+        }
+        let tid = calling_thread(inferior)?;
+        if self.handler_installed {
+            let original = self.first_region.offset(region::ORIGINAL_ACTION);
+            inferior.remote_syscall(tid, sigaction(original, RemoteAddr::NULL))?;
+        }
+        // The thunks of words are all in the first region.
+        let thunks: Vec<u64> = changed.iter().map(|p| u64::from_le_bytes(p.planted)).collect();
+        let wrapped = references::any(inferior, &thunks)?;
+        for region in &self.regions {
+            if wrapped && *region == self.first_region {
+                inferior.write(region.offset(region::HANDLER_INSTALLED), &0_u64.to_le_bytes())?;
+                left.regions.push(*region);
+                left.why.push(references::WHY.into());
+            } else {
+                inferior.remote_syscall(tid, munmap(*region))?;
+            }
+        }
+        Ok(())
     }
 
     /// Children that showed themselves while the world was stopped.
@@ -377,29 +405,20 @@ impl Installed {
         }
     }
 
-    fn lift_patch(
-        &self,
-        inferior: &Inferior,
-        patch: &Patch,
-        left: &mut LeftBehind,
-    ) -> Result<(), ProbeError> {
+    /// Takes one patch back. False where the application has changed the word since: its thunk then only passes calls on.
+    fn lift_patch(&self, inferior: &Inferior, patch: &Patch) -> Result<bool, ProbeError> {
         let now = inferior.memory().read_vec(patch.address, patch.len)?;
         if patch.len == 8 && now != patch.planted {
-            // Somebody wrapped the allocator after us, and will call through our thunk for ever.
-            let thunk = RemoteAddr(u64::from_le_bytes(patch.planted));
-            inferior.write(thunk, &[NOP])?;
-            left.why.push(format!(
-                "the allocator table's word at {} was changed by the application",
-                patch.address
-            ));
-            return Ok(());
+            // Somebody wrapped the allocator after us, and may call through our thunk for ever.
+            inferior.write(RemoteAddr(u64::from_le_bytes(patch.planted)), &[NOP])?;
+            return Ok(false);
         }
         inferior.write(patch.address, &patch.before[..patch.len])?;
         let restored = inferior.memory().read_vec(patch.address, patch.len)?;
         if restored != patch.before[..patch.len] {
             return Err(ProbeError::NotRestored { addr: patch.address, len: patch.len });
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Every thread that stands on a trap of ours, reported or still queued, goes on as if it weren't there.
@@ -491,5 +510,6 @@ impl Installed {
     }
 }
 
-const NOP: u8 = 0x90;
+/// In place of an int3 that must do nothing any more.
+pub(super) const NOP: u8 = 0x90;
 const _: () = assert!(INT3 == 0xcc);

@@ -9,5 +9,6 @@ pub mod function;
 pub mod install;
 pub mod place;
 pub mod plan;
+pub mod references;
 pub mod region;
 pub mod stale;

@@ -28,14 +28,14 @@
 //!
 //! ```text
 //! bypass: I (relocated); jmp A+L
-//! record: sub rsp, 8; call bypass; RETURN: int3; add rsp, 8; ret      when the answer has to be seen
-//! record: sub rsp, 8; call bypass; mov qword [rsp-8], 0; add rsp, 8; ret        when not
+//! record: sub rsp, 8; call bypass; RETURN: int3; mov qword [rsp-8], 0; add rsp, 8; ret   when the answer has to be seen
+//! record: sub rsp, 8; call bypass; mov qword [rsp-8], 0; add rsp, 8; ret                 when not
 //! ```
 //!
 //! The stack stays aligned as the ABI wants it (rsp ≡ 8 mod 16 at a function's entry), and none of these
 //! functions takes arguments on the stack. The zero overwrites the return address just used, so that a later look
-//! at that slot tells whether the call is still under way. A table's word points to `entry: int3; bypass: jmp
-//! [old]` instead.
+//! at that slot tells whether the call is still under way, and no dead word on a stack looks like a way back. A
+//! table's word points to `entry: int3; bypass: jmp [old]` instead.
 
 use super::error::ProbeError;
 use super::function::Function;
@@ -57,6 +57,8 @@ pub const HEADER_LEN: usize = 256;
 pub const OUR_ACTION: u64 = 32;
 /// See [`OUR_ACTION`].
 pub const ORIGINAL_ACTION: u64 = 64;
+/// Where the word lies that says whether our SIGTRAP handler is installed.
+pub const HANDLER_INSTALLED: u64 = 96;
 /// Bytes of the kernel's `struct sigaction` on x86_64.
 pub const ACTION_LEN: usize = 32;
 /// The breakpoint instruction.
@@ -211,9 +213,8 @@ impl Region {
             let before_return = a.instructions().len();
             if function.has_answer() {
                 a.int3()?;
-            } else {
-                a.mov(qword_ptr(rsp - 8), 0)?;
             }
+            a.mov(qword_ptr(rsp - 8), 0)?;
             a.add(rsp, 8)?;
             a.ret()?;
             Ok(before_return)

@@ -5,11 +5,12 @@
 //! exactly what that patch planted.
 
 use super::error::ProbeError;
-use super::install::{LeftBehind, calling_thread, munmap, sigaction};
-use super::region::{HEADER_LEN, MAGIC, ORIGINAL_ACTION, PATCH_LEN, REGION_LEN};
+use super::install::{LeftBehind, NOP, calling_thread, munmap, sigaction};
+use super::references;
+use super::region::{HANDLER_INSTALLED, HEADER_LEN, MAGIC, ORIGINAL_ACTION, PATCH_LEN, REGION_LEN};
 use crate::addr::RemoteAddr;
 use crate::inferior::error::TraceError;
-use crate::inferior::{Inferior, maps};
+use crate::inferior::{Inferior, facts, maps};
 use crate::mapping::{Backing, Mapping};
 use crate::memory::RemoteMemory;
 use std::time::{Duration, Instant};
@@ -34,6 +35,33 @@ impl Stale {
     /// Whether the heaptap that wrote it still runs.
     pub fn controller_lives(&self) -> bool {
         maps::start_time(self.controller.0).is_ok_and(|t| t == self.controller.1)
+    }
+
+    /// Whether the disposition of SIGTRAP leads into it.
+    pub fn has_handler(&self) -> bool {
+        self.handler_installed
+    }
+
+    /// The thunk that a patch made a table's word point to, if it is such a patch and lies where it must.
+    fn thunk_of_word(&self, len: usize, planted: [u8; 8]) -> Option<RemoteAddr> {
+        let thunk = RemoteAddr(u64::from_le_bytes(planted));
+        (len == 8 && thunk.0.wrapping_sub(self.base.0) < REGION_LEN as u64).then_some(thunk)
+    }
+
+    /// Takes the patches back. Answers the thunks behind words that hold something else by now: somebody wrapped the
+    /// allocator and may call through them, so that they must only pass calls on.
+    fn undo_patches(&self, inferior: &Inferior) -> Result<Vec<u64>, ProbeError> {
+        let mut changed = Vec::new();
+        for (address, len, before, planted) in &self.patches {
+            let now = inferior.memory().read_vec(*address, *len);
+            if now.is_ok_and(|now| now == planted[..*len]) {
+                inferior.write(*address, &before[..*len])?;
+            } else if let Some(thunk) = self.thunk_of_word(*len, *planted) {
+                inferior.write(thunk, &[NOP])?;
+                changed.push(thunk.0);
+            }
+        }
+        Ok(changed)
     }
 }
 
@@ -74,7 +102,7 @@ fn parse(base: RemoteAddr, bytes: &[u8]) -> Option<Stale> {
     Some(Stale {
         base,
         controller: (i32::try_from(word(bytes, 16)?).ok()?, word(bytes, 24)?),
-        handler_installed: word(bytes, 96)? == 1,
+        handler_installed: word(bytes, HANDLER_INSTALLED as usize)? == 1,
         patches,
     })
 }
@@ -85,12 +113,12 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
     if let Some(alive) = found.iter().find(|s| s.controller_lives()) {
         return Err(ProbeError::ControllerAlive { pid: inferior.pid(), controller: alive.controller.0 });
     }
+    if facts::has_seccomp(inferior.pid())? {
+        inferior.suspend_filters().map_err(|errno| ProbeError::Seccomp { errno })?;
+    }
+    let mut changed = Vec::new();
     for stale in found {
-        for (address, len, before, planted) in &stale.patches {
-            if inferior.memory().read_vec(*address, *len).is_ok_and(|now| now == planted[..*len]) {
-                inferior.write(*address, &before[..*len])?;
-            }
-        }
+        changed.push(stale.undo_patches(inferior)?);
     }
     let mut left = LeftBehind::default();
     let start = Instant::now();
@@ -98,6 +126,7 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
         if start.elapsed() > PATIENCE {
             left.why.push("a thread may still return into it".into());
             left.regions = found.iter().map(|s| s.base).collect();
+            left.busy = true;
             return Ok(left);
         }
         inferior.resume()?;
@@ -111,8 +140,14 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
             inferior.remote_syscall(tid, sigaction(original, RemoteAddr::NULL))?;
         }
     }
-    for stale in found {
-        inferior.remote_syscall(tid, munmap(stale.base))?;
+    for (stale, thunks) in found.iter().zip(changed) {
+        if references::any(inferior, &thunks)? {
+            inferior.write(stale.base.offset(HANDLER_INSTALLED), &0_u64.to_le_bytes())?;
+            left.regions.push(stale.base);
+            left.why = vec![references::WHY.into()];
+        } else {
+            inferior.remote_syscall(tid, munmap(stale.base))?;
+        }
     }
     Ok(left)
 }

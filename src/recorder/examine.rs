@@ -69,7 +69,7 @@ pub fn examine(pid: i32, python_allocators: bool) -> Result<Examined, RecordErro
     facts::check_attachable(pid)?;
     let memory = ProcessMemory::new(pid);
     let maps = maps::mappings(pid)?;
-    let modules = modules(pid, &maps, &memory)?;
+    let modules = modules(maps::memory_holder(pid), &maps, &memory)?;
     let python = Python::locate(&memory, &binaries(&modules))?;
     let libc = libc_of(&modules);
     let words = if python_allocators { table_words(&python, &memory, &modules)? } else { Vec::new() };
@@ -85,9 +85,9 @@ pub fn examine(pid: i32, python_allocators: bool) -> Result<Examined, RecordErro
         .collect();
     let plan = plan(pid, &definitions, words)?;
     let stale = stale::find(&memory, &maps);
-    let seccomp = maps::status(pid, pid)?.seccomp.unwrap_or(0) != 0;
+    let seccomp = facts::has_seccomp(pid)?;
     // The handler of a killed heaptap is no use that the application makes of SIGTRAP.
-    let sigtrap = if stale.is_empty() { sigtrap_use(pid)? } else { None };
+    let sigtrap = if stale.iter().any(Stale::has_handler) { None } else { sigtrap_use(pid)? };
     Ok(Examined { pid, maps, modules, libc, python, plan, stale, sigtrap, seccomp })
 }
 
@@ -126,6 +126,10 @@ pub fn sigtrap_use(pid: i32) -> Result<Option<String>, RecordError> {
     let bit = 1_u64 << (libc::SIGTRAP - 1);
     for tid in maps::tasks(pid)? {
         let Ok(status) = maps::status(pid, tid) else { continue };
+        // A leader that exited before its threads stays listed, with every signal blocked as glibc left it.
+        if matches!(status.state, 'Z' | 'X') {
+            continue;
+        }
         if status.caught & bit != 0 {
             return Ok(Some("handles".into()));
         }

@@ -4,6 +4,7 @@ use super::examine::Examined;
 use super::ledger::kind;
 use crate::capture::{self, BreakpointKind, Header, LibcFacts, PythonFacts};
 use crate::image::libc::LibcKind;
+use crate::inferior::maps;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The target's page size in bytes: x86_64 has one.
@@ -85,7 +86,7 @@ fn module(module: &crate::image::Module) -> capture::Module {
 
 /// The arguments of a process.
 pub fn command_line(pid: i32) -> Vec<String> {
-    let bytes = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let bytes = std::fs::read(format!("/proc/{}/cmdline", maps::memory_holder(pid))).unwrap_or_default();
     let mut arguments: Vec<String> =
         bytes.split(|b| *b == 0).map(|a| String::from_utf8_lossy(a).into_owned()).collect();
     // Every argument ends in a NUL.
@@ -95,5 +96,7 @@ pub fn command_line(pid: i32) -> Vec<String> {
 
 /// The executable of a process, as the kernel names it.
 pub fn executable(pid: i32) -> String {
-    std::fs::read_link(format!("/proc/{pid}/exe")).map(|p| p.display().to_string()).unwrap_or_default()
+    std::fs::read_link(format!("/proc/{}/exe", maps::memory_holder(pid)))
+        .map(|p| p.display().to_string())
+        .unwrap_or_default()
 }

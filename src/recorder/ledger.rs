@@ -112,6 +112,7 @@ impl Ledger {
         match observation {
             Observation::Nothing => Ok(()),
             Observation::Freed { function, address } => self.free_block(tid, function, address),
+            Observation::FreedInside { function, address } => self.free_inside(tid, function, address),
             Observation::Begins { function, request } => {
                 self.begin(tid, function, request);
                 Ok(())
@@ -224,6 +225,16 @@ impl Ledger {
         } else {
             Ok(self.writer.free_unknown(FreeUnknown { deallocator, tid, address })?)
         }
+    }
+
+    /// A free inside another call is that call's own business, unless it gives back a block that is known to live and
+    /// that the call does not hold.
+    fn free_inside(&mut self, tid: i32, function: Function, address: RemoteAddr) -> Result<(), RecordError> {
+        let held = self.under_way.iter().any(|u| u.held == Held::Block(address));
+        if held || self.live.block(address).is_none() {
+            return Ok(());
+        }
+        self.free_block(tid, function, address)
     }
 
     fn intern(&mut self, stack: &[Location]) -> Result<StackId, RecordError> {

@@ -69,7 +69,7 @@ pub struct FrameLook {
 pub fn inspect(pid: i32, running: bool) -> Result<Look, RecordError> {
     facts::check_attachable(pid)?;
     let memory = ProcessMemory::new(pid);
-    let modules = modules(pid, &maps::mappings(pid)?, &memory)?;
+    let modules = modules(maps::memory_holder(pid), &maps::mappings(pid)?, &memory)?;
     let python = Python::locate(&memory, &binaries(&modules))?;
     if running {
         self_test(&python, pid, &memory, TRIES)?;

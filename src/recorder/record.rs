@@ -13,7 +13,7 @@ use super::trap::{StackReader, TrapSource};
 use crate::capture::{CaptureWriter, Counters, EndReason, Header, Trailer};
 use crate::inferior::error::TraceError;
 use crate::inferior::stop::StopEvent;
-use crate::inferior::{Inferior, sys};
+use crate::inferior::{Inferior, maps, sys};
 use crate::probe::error::ProbeError;
 use crate::probe::install::{self, LeftBehind};
 use crate::probe::stale;
@@ -174,14 +174,16 @@ fn plant(
     output: &mut Output,
 ) -> Result<(install::Installed, CaptureWriter), RecordError> {
     inferior.stop()?;
-    let tids = own_tids(inferior);
+    // A leader that is gone keeps its thread state.
+    let tids: Vec<i32> = maps::namespaced_tasks(options.pid)?.iter().map(|(_, inner)| *inner).collect();
     examined.python.self_test(inferior.memory(), &tids)?;
     if examined.seccomp {
         inferior.suspend_filters().map_err(|errno| ProbeError::Seccomp { errno })?;
     }
     if !examined.stale.is_empty() {
         let left = stale::remove(inferior, &examined.stale)?;
-        if let Some(why) = left.why.first() {
+        // What is only referred to does no harm to what comes now.
+        if let Some(why) = left.why.first().filter(|_| left.busy) {
             return Err(RecordError::NotRecordable {
                 pid: options.pid,
                 why: format!("thunks of a killed heaptap can't be removed yet: {why}; try again"),
@@ -192,16 +194,6 @@ fn plant(
     let how = install::Options { unsafe_trap: options.unsafe_trap, may_heal: !examined.seccomp };
     let installed = install::install(inferior, &examined.plan, how)?;
     Ok((installed, writer))
-}
-
-/// The thread ids as the target's own pid namespace numbers them.
-fn own_tids(inferior: &Inferior) -> Vec<i32> {
-    let pid = inferior.pid();
-    let inner = |tid: i32| {
-        let status = crate::inferior::maps::status(pid, tid).ok()?;
-        status.ns_pids.last().copied()
-    };
-    inferior.tids().into_iter().map(|tid| inner(tid).unwrap_or(tid)).collect()
 }
 
 /// A recording under way.
