@@ -39,6 +39,7 @@ pub struct Recording {
     child: Child,
     stderr: Receiver<String>,
     heard: Vec<String>,
+    path: PathBuf,
     folder: tempfile::TempDir,
 }
 
@@ -62,8 +63,34 @@ impl Recording {
     /// The same; an attach that ends before it records returns its exit status and what it said.
     pub fn try_attach(pid: i32, arguments: &[&str]) -> Result<Recording, String> {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let mut command = heaptap();
-        command.args(["attach", "--pid", &pid.to_string(), "-o"]).arg(folder.path().join("capture.heaptap"));
+        let path = folder.path().join("capture.heaptap");
+        Recording::try_attach_into(heaptap(), pid, path, folder, arguments)
+    }
+
+    /// Attaches by a heaptap that another program becomes: `["nohup"]`.
+    pub fn attach_under(outer: &[&str], target: &Target, arguments: &[&str]) -> Recording {
+        let mut command = Command::new(outer[0]);
+        command.args(&outer[1..]).arg(heaptap().get_program());
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("capture.heaptap");
+        Recording::try_attach_into(command, target.pid(), path, folder, arguments)
+            .unwrap_or_else(|refusal| panic!("attach: {refusal}"))
+    }
+
+    /// [`Recording::try_attach`] into a file of the caller's choice.
+    pub fn try_attach_to(pid: i32, path: &Path, arguments: &[&str]) -> Result<Recording, String> {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        Recording::try_attach_into(heaptap(), pid, path.to_owned(), folder, arguments)
+    }
+
+    fn try_attach_into(
+        mut command: Command,
+        pid: i32,
+        path: PathBuf,
+        folder: tempfile::TempDir,
+        arguments: &[&str],
+    ) -> Result<Recording, String> {
+        command.args(["attach", "--pid", &pid.to_string(), "-o"]).arg(&path);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("heaptap starts");
         // The line may come on either; both are read to their end so that the recorder never blocks on them.
@@ -75,7 +102,7 @@ impl Recording {
             std::thread::spawn(move || lines.into_iter().try_for_each(|line| sender.send(line)));
         }
         drop(sender);
-        let mut recording = Recording { child, stderr: receiver, heard: Vec::new(), folder };
+        let mut recording = Recording { child, stderr: receiver, heard: Vec::new(), path, folder };
         recording.wait_until_recording()?;
         Ok(recording)
     }
@@ -113,7 +140,12 @@ impl Recording {
 
     /// Ends the recording as Ctrl-C does.
     pub fn stop(self) -> Capture {
-        kill(Pid::from_raw(self.pid()), Signal::SIGINT).expect("the recorder is ours");
+        self.stop_by(Signal::SIGINT)
+    }
+
+    /// Sends the recorder a signal that is a request to end.
+    pub fn stop_by(self, signal: Signal) -> Capture {
+        kill(Pid::from_raw(self.pid()), signal).expect("the recorder is ours");
         self.finish()
     }
 
@@ -122,7 +154,7 @@ impl Recording {
         let status = self.wait();
         self.heard.extend(self.stderr.iter());
         let stderr = self.heard.join("\n");
-        let path = self.folder.path().join("capture.heaptap");
+        let path = self.path.clone();
         let folder = std::mem::replace(&mut self.folder, tempfile::tempdir().expect("a temporary folder"));
         Capture { path, status, stderr, _folder: folder }
     }

@@ -160,6 +160,10 @@ impl Snapshot {
                 }
                 continue;
             };
+            // What a thread that has exited blocks is nobody's business (a leader that went first stays listed).
+            if state["State"].starts_with('Z') {
+                continue;
+            }
             for field in THREAD_FIELDS.iter().filter(|field| before.get(**field) != state.get(**field)) {
                 found.push(format!(
                     "thread {tid}: {field} was {:?}, is {:?}",

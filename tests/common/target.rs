@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,7 @@ pub fn programs() -> PathBuf {
 pub struct TargetBuilder<'a> {
     python: &'a Python,
     program: String,
+    under: Vec<String>,
     before: Vec<String>,
     arguments: Vec<String>,
     settings: Vec<(String, String)>,
@@ -39,6 +40,12 @@ impl<'a> TargetBuilder<'a> {
     /// Adds an argument of the program.
     pub fn arg(mut self, argument: &str) -> Self {
         self.arguments.push(argument.into());
+        self
+    }
+
+    /// Starts the interpreter by another program, whose last descendant it becomes: `["unshare", "--pid", …]`.
+    pub fn under(mut self, command: &[&str]) -> Self {
+        self.under = command.iter().map(|&word| word.into()).collect();
         self
     }
 
@@ -70,7 +77,7 @@ impl<'a> TargetBuilder<'a> {
             None => programs().join(&self.program).to_str().expect("the repository's path is text").into(),
         };
         let complaints = tempfile::tempfile().expect("a temporary file");
-        let mut command = self.python.command();
+        let mut command = command_under(&self.under, self.python.command());
         command.args(&self.before).arg(program).args(&self.arguments);
         command.env("HEAPTAP_GO_FD", "0").env("HEAPTAP_READY_FD", "1").envs(self.settings);
         command
@@ -81,13 +88,15 @@ impl<'a> TargetBuilder<'a> {
             command.spawn().unwrap_or_else(|error| panic!("cannot start {}: {error}", self.python));
         let go = child.stdin.take().expect("stdin was piped");
         let said = listen(child.stdout.take().expect("stdout was piped"));
-        let mut target = Target { child, go, said, complaints, folder, status: None, name: self.program };
+        let pid = i32::try_from(child.id()).expect("a pid is positive");
+        let mut target =
+            Target { child, pid, go, said, complaints, folder, status: None, name: self.program };
         let ready = target.expect("ready");
-        assert_eq!(
-            ready["pid"],
-            i64::from(target.pid()),
-            "the interpreter is not the process that was started"
-        );
+        if self.under.is_empty() {
+            assert_eq!(ready["pid"], pid, "the interpreter is not the process that was started");
+        } else {
+            target.pid = last_descendant(pid);
+        }
         target
     }
 }
@@ -95,12 +104,37 @@ impl<'a> TargetBuilder<'a> {
 /// A running fixture program. Dropping it kills and reaps it.
 pub struct Target {
     child: Child,
+    pid: i32,
     go: ChildStdin,
     said: Receiver<String>,
     complaints: fs::File,
     folder: Option<tempfile::TempDir>,
     status: Option<ExitStatus>,
     name: String,
+}
+
+/// `inner` with its settings, as the last words of the command `outer`.
+fn command_under(outer: &[String], inner: Command) -> Command {
+    let Some((program, words)) = outer.split_first() else { return inner };
+    let mut command = Command::new(program);
+    command.args(words).arg(inner.get_program());
+    for (name, value) in inner.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command
+}
+
+fn last_descendant(mut pid: i32) -> i32 {
+    loop {
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        match children.split_ascii_whitespace().next() {
+            Some(child) => pid = child.parse().expect("a pid"),
+            None => return pid,
+        }
+    }
 }
 
 fn copy_into_root(root: &Path) -> tempfile::TempDir {
@@ -137,12 +171,13 @@ impl Target {
     /// The same with arguments and settings.
     pub fn builder<'a>(python: &'a Python, program: &str) -> TargetBuilder<'a> {
         let program = program.to_owned();
-        TargetBuilder { python, program, before: Vec::new(), arguments: Vec::new(), settings: Vec::new() }
+        let (under, before, arguments, settings) = Default::default();
+        TargetBuilder { python, program, under, before, arguments, settings }
     }
 
     /// The process id; also the thread id of its main thread.
     pub fn pid(&self) -> i32 {
-        i32::try_from(self.child.id()).expect("a pid is positive")
+        self.pid
     }
 
     /// Writes one command line.
@@ -232,6 +267,10 @@ impl Target {
 impl Drop for Target {
     fn drop(&mut self) {
         if self.status.is_none() {
+            // A descendant first: it may outlive what started it.
+            if self.pid.unsigned_abs() != self.child.id() {
+                let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+            }
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
