@@ -4,6 +4,7 @@ mod allocators;
 mod confined;
 mod crowds;
 mod ends;
+mod libraries;
 mod output;
 mod places;
 mod rivals;

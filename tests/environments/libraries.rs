@@ -1,0 +1,57 @@
+//! Programs whose libraries switch stacks (greenlets) or allocate in C for them (arrays), from PyPI in throwaway
+//! environments.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::common::snapshot::assert_left_no_trace;
+use crate::common::truth::Truth;
+use crate::common::{Python, Recording, Snapshot, Target, for_each_python, skipped};
+
+/// Wheels are for released default builds; these minors are what every package here has one for.
+fn has_wheels(python: &Python) -> bool {
+    python.name.starts_with("pyenv-") && (10..=13).contains(&python.minor())
+}
+
+/// The python of an environment with these packages, or why there is none.
+fn environment(python: &Python, packages: &[&str]) -> Result<PathBuf, String> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/test-environment");
+    let output = Command::new(script)
+        .arg(&python.command)
+        .args(packages)
+        .output()
+        .map_err(|error| error.to_string())?;
+    if output.status.success() {
+        Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
+    } else {
+        Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+    }
+}
+
+fn records_with(program: &str, packages: &[&str]) {
+    for_each_python(has_wheels, |python| {
+        let command = match environment(python, packages) {
+            Ok(command) => command,
+            Err(why) => return skipped(&format!("{program} on {python}: {why}")),
+        };
+        let python = Python { command, ..python.clone() };
+        let mut target = Target::start(&python, program);
+        let before = Snapshot::take(target.pid());
+        let recording = Recording::attach(&target, &[]);
+        let truth = Truth::from_json(target.go());
+        let capture = recording.stop();
+        truth.assert_matches(&capture.assert_code(0).dump());
+        assert_left_no_trace(&before, &mut target);
+        target.go();
+    });
+}
+
+#[test]
+fn greenlets_have_their_own_stacks() {
+    records_with("greenlets.py", &["gevent==24.11.1", "greenlet==3.1.1"]);
+}
+
+#[test]
+fn arrays_and_their_temporaries() {
+    records_with("arrays.py", &["numpy==2.1.3"]);
+}
