@@ -66,7 +66,7 @@ fn holds(memory: &dyn RemoteMemory, from: RemoteAddr, to: RemoteAddr, addresses:
         let len = CHUNK.min(to.0 - at.0);
         let found = match memory.read_vec(at, len as usize) {
             Ok(bytes) => has_word(&bytes, addresses),
-            // A page that can't be read, the application can't read either: glibc 2.42 makes the guard pages of
+            // A page that can't be read, the application can't read either: glibc 2.43 makes the guard pages of
             // stacks so (MADV_GUARD_INSTALL), within a mapping that is readable by its rights.
             Err(_) => pages(at, len)
                 .any(|(at, len)| memory.read_vec(at, len).is_ok_and(|bytes| has_word(&bytes, addresses))),
