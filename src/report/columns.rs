@@ -13,6 +13,9 @@ use tabled::settings::{Alignment, Modify, Style};
 /// Characters that a location keeps before other columns go.
 const LEAST_LOCATION: usize = 28;
 
+/// Characters that words keep where there is least room.
+const SHORT_WORDS: usize = 11;
+
 /// What is done with a column.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -55,6 +58,7 @@ pub(super) fn write_columns(
     for row in rows {
         table.push_record(kept.iter().map(|(at, column)| match column.kind {
             Kind::Location => fitted(&row[*at], location).into_owned(),
+            Kind::Words if !shares => fitted(&row[*at], SHORT_WORDS).into_owned(),
             _ => row[*at].clone(),
         }));
     }
@@ -86,7 +90,8 @@ fn taken(columns: &[Column], rows: &[Vec<String>], short: bool, shares: bool) ->
     for (at, column) in kept(columns, shares) {
         taken += 3;
         if column.kind != Kind::Location {
-            let cells = rows.iter().map(|row| row[at].chars().count());
+            let most = if column.kind == Kind::Words && !shares { SHORT_WORDS } else { usize::MAX };
+            let cells = rows.iter().map(|row| row[at].chars().count().min(most));
             taken += cells.chain([heading(column, short).len()]).max().unwrap_or(0);
         }
     }
