@@ -46,6 +46,10 @@ pub(super) fn write_columns(
     width: Option<usize>,
     out: &mut dyn Write,
 ) -> Result<(), ReportError> {
+    if rows.is_empty() {
+        writeln!(out, "nothing to show")?;
+        return Ok(());
+    }
     let width = width.unwrap_or(usize::MAX);
     let layouts = [(false, true), (true, true), (true, false)];
     let room = |(short, shares)| width.saturating_sub(taken(columns, rows, short, shares));
@@ -115,6 +119,13 @@ mod tests {
         let mut out = Vec::new();
         write_columns(&COLUMNS, &[row], width, &mut out).unwrap();
         String::from_utf8(out).unwrap().lines().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn no_rows_are_no_table() {
+        let mut out = Vec::new();
+        write_columns(&COLUMNS, &[], Some(80), &mut out).unwrap();
+        assert_eq!(out, b"nothing to show\n");
     }
 
     #[test]
