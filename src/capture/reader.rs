@@ -236,7 +236,8 @@ impl CaptureReader {
                 suspect.chunks += 1;
                 suspect.bytes += possible_bytes(&chunk);
             }
-            Found::End => self.end("there is no trailer: heaptap was killed, or is still recording"),
+            Found::End => self
+                .end("there is no trailer: heaptap was killed, its disk was full, or it is still recording"),
             Found::Torn(why) => self.end(why),
         }
         Ok(())

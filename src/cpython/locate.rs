@@ -35,9 +35,7 @@ pub enum LocateError {
         binary: String,
     },
     /// A CPython of an unsupported version.
-    #[error(
-        "{binary} is CPython {found}; heaptap supports CPython 3.8 to 3.15: run the program with one of these"
-    )]
+    #[error("{binary} is CPython {found}; heaptap supports CPython 3.8 to 3.15")]
     Version {
         /// The binary.
         binary: String,

@@ -306,3 +306,43 @@ pub fn kind(function: Function) -> AllocatorKind {
         },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::Header;
+
+    fn allocated(address: u64) -> Observation {
+        Observation::Ended {
+            function: Function::Malloc,
+            request: Request::Allocate { size: Some(64) },
+            answer: Answer::Address(RemoteAddr(address)),
+        }
+    }
+
+    fn freed(function: Function, address: u64) -> Observation {
+        Observation::Freed { function, address: RemoteAddr(address) }
+    }
+
+    #[test]
+    fn a_block_that_libc_frees_again_is_not_from_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let writer = CaptureWriter::create(folder.path().join("c"), false, &Header::default()).unwrap();
+        let mut ledger = Ledger::new(writer, 4096);
+        // A thread frees its block; at its end the thread's cache is given back.
+        for call in [allocated(0x1000), freed(Function::Free, 0x1000), freed(Function::Free, 0x1000)] {
+            ledger.observe(1, call, &[]).unwrap();
+        }
+        assert_eq!((ledger.tally().freed_again, ledger.writer().counters().frees_from_before), (1, 0));
+        // A block of before is told once, and its second free is libc's too.
+        for call in [freed(Function::Free, 0x2000), freed(Function::Free, 0x2000)] {
+            ledger.observe(1, call, &[]).unwrap();
+        }
+        assert_eq!((ledger.tally().freed_again, ledger.writer().counters().frees_from_before), (2, 1));
+        // Given out again, the address is a new block.
+        for call in [allocated(0x1000), freed(Function::Free, 0x1000)] {
+            ledger.observe(1, call, &[]).unwrap();
+        }
+        assert_eq!((ledger.tally().freed_again, ledger.writer().counters().frees), (2, 2));
+    }
+}

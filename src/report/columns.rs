@@ -13,6 +13,9 @@ use tabled::settings::{Alignment, Modify, Style};
 /// Characters that a location keeps before other columns go.
 const LEAST_LOCATION: usize = 28;
 
+/// Characters that words keep where there is least room.
+const SHORT_WORDS: usize = 11;
+
 /// What is done with a column.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -43,6 +46,10 @@ pub(super) fn write_columns(
     width: Option<usize>,
     out: &mut dyn Write,
 ) -> Result<(), ReportError> {
+    if rows.is_empty() {
+        writeln!(out, "nothing to show")?;
+        return Ok(());
+    }
     let width = width.unwrap_or(usize::MAX);
     let layouts = [(false, true), (true, true), (true, false)];
     let room = |(short, shares)| width.saturating_sub(taken(columns, rows, short, shares));
@@ -55,6 +62,7 @@ pub(super) fn write_columns(
     for row in rows {
         table.push_record(kept.iter().map(|(at, column)| match column.kind {
             Kind::Location => fitted(&row[*at], location).into_owned(),
+            Kind::Words if !shares => fitted(&row[*at], SHORT_WORDS).into_owned(),
             _ => row[*at].clone(),
         }));
     }
@@ -86,7 +94,8 @@ fn taken(columns: &[Column], rows: &[Vec<String>], short: bool, shares: bool) ->
     for (at, column) in kept(columns, shares) {
         taken += 3;
         if column.kind != Kind::Location {
-            let cells = rows.iter().map(|row| row[at].chars().count());
+            let most = if column.kind == Kind::Words && !shares { SHORT_WORDS } else { usize::MAX };
+            let cells = rows.iter().map(|row| row[at].chars().count().min(most));
             taken += cells.chain([heading(column, short).len()]).max().unwrap_or(0);
         }
     }
@@ -110,6 +119,13 @@ mod tests {
         let mut out = Vec::new();
         write_columns(&COLUMNS, &[row], width, &mut out).unwrap();
         String::from_utf8(out).unwrap().lines().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn no_rows_are_no_table() {
+        let mut out = Vec::new();
+        write_columns(&COLUMNS, &[], Some(80), &mut out).unwrap();
+        assert_eq!(out, b"nothing to show\n");
     }
 
     #[test]
