@@ -3,6 +3,7 @@
 
 use super::{a_few, detach, said};
 use crate::common::dump::Allocation;
+use crate::common::pythons::Flavour;
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
 use crate::common::{Python, Recording, Snapshot, Target, for_each_python};
@@ -143,7 +144,9 @@ fn an_application_that_traces_its_memory_when_heaptap_is_killed() {
 
 #[test]
 fn frames_of_a_subinterpreter_are_its_own() {
-    for_each_python(Python::records_promised, |python| {
+    // Sizes are exact: no guard bytes.
+    let exact = |python: &Python| python.records_promised() && python.flavour == Flavour::Default;
+    for_each_python(exact, |python| {
         let mut target = Target::start(python, "subinterpreters.py");
         let before = Snapshot::take(target.pid());
         let recording = Recording::attach(&target, &[]);
