@@ -157,7 +157,7 @@ fn record_exit(error: &RecordError) -> Exit {
         RecordError::Probe(ProbeError::Trace(_) | ProbeError::Read(_) | ProbeError::NotRestored { .. }) => {
             Exit::Failed
         }
-        RecordError::Fact(_) | RecordError::Read(_) => Exit::Failed,
+        RecordError::Fact(_) | RecordError::Read(_) | RecordError::Panicked { .. } => Exit::Failed,
         RecordError::Attach(_)
         | RecordError::Image(_)
         | RecordError::Locate(_)
@@ -191,6 +191,7 @@ fn record_hint(error: &RecordError) -> Option<String> {
         }
         RecordError::Image(_) => Some("`heaptap doctor --pid PID` shows what was found".into()),
         RecordError::Allocators(_) => Some("record without --python-allocators".into()),
+        RecordError::Panicked { .. } => Some("please report it, with what you did".into()),
         RecordError::NotRecordable { .. }
         | RecordError::Trace(_)
         | RecordError::Fact(_)

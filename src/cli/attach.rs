@@ -126,6 +126,13 @@ impl Observer for Console {
             self.target
         )
         .and_then(|()| out.flush());
+        if examined.stopped {
+            let pid = examined.pid;
+            let _ = writeln!(
+                io::stderr(),
+                "process {pid} is stopped: it allocates nothing until `kill -CONT {pid}`"
+            );
+        }
     }
 
     fn progress(&mut self, progress: Progress) {

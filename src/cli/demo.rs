@@ -104,7 +104,7 @@ fn folder(args: &DemoArgs) -> Result<PathBuf, Error> {
 fn report(capture: &Path, flames: &Path) -> Result<(), Error> {
     let findings = analyse(CaptureReader::open(capture)?, View::Leaks)?;
     say(format_args!(""))?;
-    print(&Summary { order: SummaryOrder::Own, max_rows: 6 }, &findings, false)?;
+    print(&Summary { order: SummaryOrder::Own, max_rows: 0 }, &findings, false)?;
     let output = |source| Error::Output { path: flames.to_owned(), source };
     let mut out = BufWriter::new(File::create(flames).map_err(output)?);
     FlameGraph { inverted: false, icicle: false }.write(&findings, Format::default(), &mut out)?;

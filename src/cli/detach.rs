@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::inferior::error::TraceError;
 use crate::inferior::memory::ProcessMemory;
 use crate::inferior::{Inferior, facts, maps};
-use crate::probe::install::LeftBehind;
+use crate::probe::lift::LeftBehind;
 use crate::probe::region::REGION_LEN;
 use crate::probe::stale::{self, Stale};
 use crate::recorder::RecordError;

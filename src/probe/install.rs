@@ -1,33 +1,26 @@
-//! Planting and lifting probes of the trap kind in a stopped process.
+//! Planting the probes of the trap kind in a stopped process, and what is done about them while they are in.
 //!
 //! A transaction: everything is checked before the first byte is written, and whatever fails while
 //! planting is undone. Order of planting: regions (writable, not executable) → their contents → executable, not
 //! writable → our SIGTRAP handler → breakpoints. So at every instant a thread that meets a breakpoint
-//! finds the handler, should we be gone. Order of lifting is the reverse.
+//! finds the handler, should we be gone. Lifting is [`super::lift`]'s.
 
-use super::calls::{Calls, Observation, Trap};
+use super::calls::{Calls, Trap};
 use super::error::ProbeError;
 use super::place::places;
 use super::plan::{ENTRY_BYTES, Plan};
-use super::references;
-use super::region::{self, ACTION_LEN, Controller, INT3, Observed, Patch, REGION_LEN, Region};
+use super::region::{self, ACTION_LEN, Controller, Observed, Patch, REGION_LEN, Region};
 use crate::addr::RemoteAddr;
 use crate::inferior::error::TraceError;
 use crate::inferior::remote_call::Call;
-use crate::inferior::sys::{Registers, Wait};
-use crate::inferior::{Inferior, Notice, maps};
+use crate::inferior::sys::Registers;
+use crate::inferior::{Inferior, maps};
 use crate::memory::RemoteMemory;
 use nix::errno::Errno;
 use std::collections::{BTreeSet, HashMap};
-use std::time::{Duration, Instant};
 
-/// How long lifting waits for threads to come out of the thunks.
-const QUIET_PATIENCE: Duration = Duration::from_secs(1);
-/// How long they run between two looks.
-const QUIET_INTERVAL: Duration = Duration::from_millis(2);
 const MAP_FLAGS: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
 const SIGSET_LEN: u64 = 8;
-const SIGTRAP_BIT: u64 = 1 << (libc::SIGTRAP - 1);
 
 /// What may be done to the target.
 #[derive(Debug, Clone, Copy, Default)]
@@ -41,25 +34,13 @@ pub struct Options {
 
 /// Probes in a process.
 pub struct Installed {
-    regions: Vec<RemoteAddr>,
-    patches: Vec<Patch>,
-    calls: Calls,
-    handler_installed: bool,
-    first_region: RemoteAddr,
+    pub(super) regions: Vec<RemoteAddr>,
+    pub(super) patches: Vec<Patch>,
+    pub(super) calls: Calls,
+    pub(super) handler_installed: bool,
+    pub(super) first_region: RemoteAddr,
     /// Threads whose SIGTRAP the kernel unblocked, and the mask it left them with.
-    unblocked: HashMap<i32, u64>,
-}
-
-/// What could not be taken back.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct LeftBehind {
-    /// Regions that stay mapped, readable and executable, because something may still run in them.
-    pub regions: Vec<RemoteAddr>,
-    /// Why, in words for the user.
-    pub why: Vec<String>,
-    /// A thread may be running in one of them. Otherwise nothing in them does anything, but the application keeps an
-    /// address in them.
-    pub busy: bool,
+    pub(super) unblocked: HashMap<i32, u64>,
 }
 
 /// Checks that memory at every entry point is what its file has there, and that every table's word is as planned.
@@ -126,14 +107,6 @@ pub fn install(inferior: &mut Inferior, plan: &Plan, options: Options) -> Result
 }
 
 /// A thread to make calls in the name of: one that is in no system call where there is one.
-fn why_busy(inferior: &Inferior) -> String {
-    match inferior.unstopped().first() {
-        Some(tid) => format!("thread {tid} sleeps in the kernel and does not stop"),
-        None if inferior.has_guests() => "a child still runs in the target's own memory".into(),
-        None => format!("a thread was still inside an allocator call after {} s", QUIET_PATIENCE.as_secs()),
-    }
-}
-
 pub(super) fn calling_thread(inferior: &Inferior) -> Result<i32, ProbeError> {
     let stopped: Vec<_> =
         inferior.tids().into_iter().filter_map(|tid| Some((tid, inferior.registers(tid).ok()?))).collect();
@@ -320,19 +293,6 @@ impl Installed {
         Ok(())
     }
 
-    /// Blocks SIGTRAP again in stopped threads that still have the mask that the kernel left them with.
-    fn reblock(&self, inferior: &Inferior) -> Result<(), TraceError> {
-        for tid in inferior.tids() {
-            let Some(mask) = self.unblocked.get(&tid) else { continue };
-            match inferior.mask(tid) {
-                Ok(now) if now == *mask => inferior.set_mask(tid, mask | SIGTRAP_BIT)?,
-                Ok(_) | Err(TraceError::Gone { .. }) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
     /// The thread ended.
     pub fn forget(&mut self, tid: i32) {
         self.calls.forget(tid);
@@ -358,76 +318,6 @@ impl Installed {
         Ok(())
     }
 
-    /// Lifts every probe. The process is stopped before and after; in between it may run for up to a second,
-    /// free of breakpoints, until no thread is in a thunk. `see` is told what calls under way came to.
-    pub fn lift(
-        &mut self,
-        inferior: &mut Inferior,
-        see: &mut dyn FnMut(&Inferior, i32, &Registers, Observation),
-    ) -> Result<LeftBehind, ProbeError> {
-        let mut left = LeftBehind::default();
-        let mut changed = Vec::new();
-        for patch in &self.patches {
-            if !self.lift_patch(inferior, patch)? {
-                changed.push(*patch);
-            }
-        }
-        self.settle_traps(inferior, see)?;
-        let start = Instant::now();
-        while self.is_busy(inferior)? {
-            if start.elapsed() > QUIET_PATIENCE {
-                left.why.push(why_busy(inferior));
-                left.busy = true;
-                break;
-            }
-            self.run_a_while(inferior, see)?;
-        }
-        self.clean_newborns(inferior)?;
-        self.reblock(inferior)?;
-        self.remove_regions(inferior, &changed, &mut left)?;
-        inferior.set_bypasses(HashMap::new());
-        Ok(left)
-    }
-
-    /// Gives SIGTRAP its disposition back and unmaps what nobody can run into any more.
-    fn remove_regions(
-        &self,
-        inferior: &mut Inferior,
-        changed: &[Patch],
-        left: &mut LeftBehind,
-    ) -> Result<(), ProbeError> {
-        if left.busy {
-            left.regions.clone_from(&self.regions);
-            return Ok(());
-        }
-        let tid = calling_thread(inferior)?;
-        if self.handler_installed {
-            let original = self.first_region.offset(region::ORIGINAL_ACTION);
-            inferior.remote_syscall(tid, sigaction(original, RemoteAddr::NULL))?;
-        }
-        // The thunks of words are all in the first region.
-        let thunks: Vec<u64> = changed.iter().map(|p| u64::from_le_bytes(p.planted)).collect();
-        let wrapped = references::any(inferior, &thunks)?;
-        for region in &self.regions {
-            if wrapped && *region == self.first_region {
-                inferior.write(region.offset(region::HANDLER_INSTALLED), &0_u64.to_le_bytes())?;
-                left.regions.push(*region);
-                left.why.push(references::WHY.into());
-            } else {
-                inferior.remote_syscall(tid, munmap(*region))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Children that showed themselves while the world was stopped.
-    fn clean_newborns(&self, inferior: &mut Inferior) -> Result<(), TraceError> {
-        for child in inferior.newborns() {
-            self.free_child(inferior, child)?;
-        }
-        Ok(())
-    }
-
     /// Cleans a child at its birth and lets it go; one that dies meanwhile is no failure.
     pub fn free_child(&self, inferior: &mut Inferior, child: i32) -> Result<(), TraceError> {
         match self.clean_child(inferior, child).and_then(|()| inferior.release_child(child)) {
@@ -435,113 +325,4 @@ impl Installed {
             other => other,
         }
     }
-
-    /// Takes one patch back. False where the application has changed the word since: its thunk then only passes calls on.
-    fn lift_patch(&self, inferior: &Inferior, patch: &Patch) -> Result<bool, ProbeError> {
-        let now = inferior.memory().read_vec(patch.address, patch.len)?;
-        if patch.len == 8 && now != patch.planted {
-            // Somebody wrapped the allocator after us, and may call through our thunk for ever.
-            inferior.write(RemoteAddr(u64::from_le_bytes(patch.planted)), &[NOP])?;
-            return Ok(false);
-        }
-        inferior.write(patch.address, &patch.before[..patch.len])?;
-        let restored = inferior.memory().read_vec(patch.address, patch.len)?;
-        if restored != patch.before[..patch.len] {
-            return Err(ProbeError::NotRestored { addr: patch.address, len: patch.len });
-        }
-        Ok(true)
-    }
-
-    /// Every thread that stands on a trap of ours, reported or still queued, goes on as if it weren't there.
-    fn settle_traps(
-        &mut self,
-        inferior: &mut Inferior,
-        see: &mut dyn FnMut(&Inferior, i32, &Registers, Observation),
-    ) -> Result<(), ProbeError> {
-        for tid in inferior.tids() {
-            while inferior.held_signal(tid).is_none() && inferior.int3_queued(tid) {
-                inferior.report_queued_signal(tid)?;
-            }
-            let Some((trap, regs)) = self.trap_of(inferior, tid)? else { continue };
-            match trap {
-                Trap::Entry(i) => {
-                    let thunk = self.calls.thunks()[i];
-                    inferior.set_rip(tid, thunk.entry.unwrap_or(thunk.bypass))?;
-                    inferior.drop_signal_now(tid)?;
-                }
-                Trap::Return(_) => {
-                    let hit = self.calls.hit(tid, trap, &regs, inferior.memory());
-                    see(inferior, tid, &regs, hit.observation);
-                    inferior.drop_signal_now(tid)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether a thread is in a thunk, or holds an address of one: the instruction after a load of a
-    /// table's word may be the jump to what it pointed to.
-    fn is_busy(&self, inferior: &Inferior) -> Result<bool, ProbeError> {
-        let mut alive = Vec::new();
-        for tid in inferior.tids() {
-            match inferior.registers(tid) {
-                Ok(regs) => alive.push((tid, regs)),
-                Err(TraceError::Gone { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        let inside = |value: &u64| self.regions.iter().any(|r| value.wrapping_sub(r.0) < REGION_LEN as u64);
-        let has_words = self.patches.iter().any(|p| p.len == 8);
-        let holds = alive.iter().any(|(_, r)| {
-            if !has_words {
-                return inside(&r.rip);
-            }
-            [
-                r.rip, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.r8, r.r9, r.r10, r.r11, r.r12,
-                r.r13, r.r14, r.r15,
-            ]
-            .iter()
-            .any(inside)
-        });
-        let unsure = inferior.has_guests() || !inferior.unstopped().is_empty();
-        Ok(holds || unsure || self.calls.any_under_way(inferior.memory(), &alive))
-    }
-
-    fn run_a_while(
-        &mut self,
-        inferior: &mut Inferior,
-        see: &mut dyn FnMut(&Inferior, i32, &Registers, Observation),
-    ) -> Result<(), ProbeError> {
-        inferior.resume()?;
-        let until = Instant::now() + QUIET_INTERVAL;
-        while Instant::now() < until {
-            match inferior.next(Wait::Poll)? {
-                Some(Notice::Trap(tid)) => {
-                    if let Some((trap, regs)) = self.trap_of(inferior, tid)? {
-                        inferior.drop_signal(tid);
-                        let hit = self.calls.hit(tid, trap, &regs, inferior.memory());
-                        if let Trap::Entry(i) = trap {
-                            inferior.set_rip(tid, self.calls.thunks()[i].bypass)?;
-                            self.calls.forget(tid);
-                        } else {
-                            see(inferior, tid, &regs, hit.observation);
-                        }
-                    }
-                    inferior.let_go(tid)?;
-                }
-                Some(Notice::Forked(child)) => self.free_child(inferior, child)?,
-                Some(Notice::ThreadEnded(tid)) => self.forget(tid),
-                Some(Notice::Executed | Notice::Ended(_)) => {
-                    return Err(TraceError::Gone { tid: inferior.pid() }.into());
-                }
-                None => std::thread::yield_now(),
-            }
-        }
-        inferior.stop_to_leave()?;
-        self.settle_traps(inferior, see)
-    }
 }
-
-/// In place of an int3 that must do nothing any more.
-pub(super) const NOP: u8 = 0x90;
-const _: () = assert!(INT3 == 0xcc);

@@ -1,5 +1,5 @@
-//! Probes: which allocator entry points ([`plan`]), the thunks that stand behind them ([`region`]), planting and
-//! lifting ([`install`], [`stale`]), and what a hit means ([`calls`]).
+//! Probes: which allocator entry points ([`plan`]), the thunks that stand behind them ([`region`]), planting
+//! ([`install`]) and lifting them ([`lift`], [`stale`]), and what a hit means ([`calls`]).
 //!
 //! Knows functions and calling conventions. Knows nothing of Python stacks, captures or reports.
 
@@ -7,6 +7,7 @@ pub mod calls;
 pub mod error;
 pub mod function;
 pub mod install;
+pub mod lift;
 pub mod place;
 pub mod plan;
 pub mod references;

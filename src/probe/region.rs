@@ -63,6 +63,8 @@ pub const HANDLER_INSTALLED: u64 = 96;
 pub const ACTION_LEN: usize = 32;
 /// The breakpoint instruction.
 pub const INT3: u8 = 0xcc;
+/// In place of an int3 that must do nothing any more.
+pub const NOP: u8 = 0x90;
 /// Bytes of one patch in the table.
 pub const PATCH_LEN: usize = 32;
 const MAX_PATCHES: usize = 64;

@@ -5,7 +5,8 @@
 //! exactly what that patch planted.
 
 use super::error::ProbeError;
-use super::install::{LeftBehind, NOP, calling_thread, munmap, sigaction};
+use super::install::{calling_thread, munmap, sigaction};
+use super::lift::LeftBehind;
 use super::references;
 use super::region::{HANDLER_INSTALLED, HEADER_LEN, MAGIC, ORIGINAL_ACTION, PATCH_LEN, REGION_LEN};
 use crate::addr::RemoteAddr;
@@ -57,7 +58,7 @@ impl Stale {
             if now.is_ok_and(|now| now == planted[..*len]) {
                 inferior.write(*address, &before[..*len])?;
             } else if let Some(thunk) = self.thunk_of_word(*len, *planted) {
-                inferior.write(thunk, &[NOP])?;
+                inferior.write(thunk, &[super::region::NOP])?;
                 changed.push(thunk.0);
             }
         }

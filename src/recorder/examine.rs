@@ -36,6 +36,8 @@ pub struct Examined {
     pub sigtrap: Option<String>,
     /// Whether a thread runs under a seccomp filter.
     pub seccomp: bool,
+    /// Whether job control has it stopped: then it allocates nothing until it is continued.
+    pub stopped: bool,
 }
 
 /// A module, as the plan wants to see it.
@@ -88,7 +90,8 @@ pub fn examine(pid: i32, python_allocators: bool) -> Result<Examined, RecordErro
     let seccomp = facts::has_seccomp(pid)?;
     // The handler of a killed heaptap is no use that the application makes of SIGTRAP.
     let sigtrap = if stale.iter().any(Stale::has_handler) { None } else { sigtrap_use(pid)? };
-    Ok(Examined { pid, maps, modules, libc, python, plan, stale, sigtrap, seccomp })
+    let stopped = facts::state(pid, pid) == Some('T');
+    Ok(Examined { pid, maps, modules, libc, python, plan, stale, sigtrap, seccomp, stopped })
 }
 
 fn table_words(

@@ -60,6 +60,12 @@ pub enum RecordError {
     /// Its memory can't be read.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// heaptap is at fault.
+    #[error("an error in heaptap itself: {what}")]
+    Panicked {
+        /// What the panic said.
+        what: String,
+    },
     /// The capture can't be written.
     #[error(transparent)]
     Capture(#[from] CaptureError),

@@ -15,8 +15,10 @@ use crate::inferior::error::TraceError;
 use crate::inferior::stop::StopEvent;
 use crate::inferior::{Inferior, maps, sys};
 use crate::probe::error::ProbeError;
-use crate::probe::install::{self, LeftBehind};
+use crate::probe::install;
+use crate::probe::lift::LeftBehind;
 use crate::probe::stale;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -243,8 +245,12 @@ impl<'a> Session<'a> {
     fn run(mut self, observer: &mut dyn Observer) -> Result<Summary, RecordError> {
         let end = match self.source.start() {
             Ok(()) => {
-                observer.recording(self.examined);
-                self.drain(observer)
+                // A panic (ours, or the observer's) must not leave the target with our probes in it.
+                let drained = catch_unwind(AssertUnwindSafe(|| {
+                    observer.recording(self.examined);
+                    self.drain(observer)
+                }));
+                drained.unwrap_or_else(|panic| End::Failed(RecordError::Panicked { what: words(&*panic) }))
             }
             Err(error) => End::Failed(error.into()),
         };
@@ -389,6 +395,12 @@ fn finish(
     };
     writer.finish(trailer)?;
     Ok(Summary { reason, elapsed, counters, tally, unreadable_stacks, left, file_bytes, failed: None })
+}
+
+/// What a panic said.
+fn words(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("no words").to_owned()
 }
 
 /// Why recording ended, when the process did.

@@ -12,7 +12,8 @@ use crate::inferior::sys::{Registers, Wait};
 use crate::inferior::{Inferior, Notice, maps};
 use crate::probe::calls::Observation;
 use crate::probe::function::Answer;
-use crate::probe::install::{Installed, LeftBehind};
+use crate::probe::install::Installed;
+use crate::probe::lift::LeftBehind;
 
 /// Frames of a stack that are kept; deeper ones are cut, and say so.
 pub const MAX_DEPTH: usize = 1024;
