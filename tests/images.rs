@@ -1,5 +1,6 @@
 //! Mapped files of real processes, in the order the dynamic linker looks them up; and files that lie about themselves.
 
+mod common;
 mod support;
 
 use heaptap::image::elf::ElfFile;
@@ -143,9 +144,9 @@ fn a_python_started_through_the_linker_is_read() {
         eprintln!("SKIPPED: no pyenv interpreter");
         return;
     };
-    let mut real = std::fs::canonicalize(&python.run).unwrap();
+    let mut real = std::fs::canonicalize(&python.command).unwrap();
     if real.file_name().is_none() {
-        real = python.run;
+        real = python.command;
     }
     let code = "import sys\ndef waiting(): print('up', flush=True); sys.stdin.read()\nwaiting()";
     let library = python.binary.parent().unwrap();

@@ -1,5 +1,6 @@
 //! The layout files: complete, of the right shape, and true: equal to what the debug information of each interpreter present says.
 
+mod common;
 mod support;
 
 use heaptap::cpython::layout::catalog;
@@ -78,7 +79,7 @@ fn every_file_equals_the_debug_information_of_the_interpreters() {
         if let Some(dir) = &interpreter.debug_dir {
             command.arg("--debug-dir").arg(dir);
         }
-        if interpreter.flavour == "debug" {
+        if interpreter.flavour == common::pythons::Flavour::Debug {
             command.args(["--flavour", "debug"]);
         }
         let output = command.output().unwrap();

@@ -1,5 +1,6 @@
 //! Line tables decoded here give, for every instruction of tricky source, the line that the interpreter itself gives.
 
+mod common;
 mod support;
 
 use heaptap::cpython::layout::LineTableFormat;

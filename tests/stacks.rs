@@ -1,7 +1,9 @@
 //! What `heaptap stacks` says of threads blocked in every kind of frame equals what the process itself says, on every interpreter.
 
+mod common;
 mod support;
 
+use common::Python as Interpreter;
 use heaptap::addr::RemoteAddr;
 use heaptap::cpython::thread_state::OwnState;
 use heaptap::cpython::{AllocatorTable, Binary, Domain, Python, Span};
@@ -10,7 +12,7 @@ use heaptap::inferior::maps;
 use heaptap::inferior::memory::ProcessMemory;
 use heaptap::python_binary::binaries;
 use serde_json::{Value, json};
-use support::{Interpreter, Program, interpreters};
+use support::{Program, interpreters};
 
 /// What depends on the interpreter is run for each; all failures are told, not only the first.
 fn on_every_interpreter(test: impl Fn(&Interpreter) + std::panic::RefUnwindSafe) {
@@ -125,7 +127,7 @@ fn the_allocator_tables_are_found() {
             assert_eq!(functions.len(), 4, "{table:?}");
         }
         // Raw never is pymalloc; mem and object are the same allocator in default builds.
-        if interpreter.flavour == "default" {
+        if interpreter.flavour == common::pythons::Flavour::Default {
             assert_eq!((mem.malloc, mem.free), (object.malloc, object.free));
             assert_ne!(raw.malloc, object.malloc);
             assert!(tables.iter().all(|t| t.ctx.is_null()));

@@ -39,8 +39,12 @@ pub struct Python {
     pub libc: String,
     /// What to start; it becomes the interpreter without changing its pid.
     pub command: PathBuf,
+    /// The file that holds the interpreter, executable or library.
+    pub binary: PathBuf,
     /// The folder it is chrooted into. Files given to it must lie inside.
     pub root: Option<PathBuf>,
+    /// A folder with detached debug information.
+    pub debug_dir: Option<PathBuf>,
 }
 
 /// `about.json` of a fetched interpreter.
@@ -50,7 +54,9 @@ struct About {
     version: String,
     flavour: Flavour,
     libc: String,
+    exe: PathBuf,
     root: Option<PathBuf>,
+    debug_dir: Option<PathBuf>,
 }
 
 /// What a machine that is set up for the tests has.
@@ -169,8 +175,18 @@ fn add_pyenv(found: &mut Vec<Python>) {
         let command = root.join("versions").join(&version).join(format!("bin/python3.{minor}"));
         if command.exists() {
             let name = format!("pyenv-{version}");
-            let libc = "glibc".to_owned();
-            found.push(Python { name, version, flavour: Flavour::Default, libc, command, root: None });
+            let library = root.join("versions").join(&version).join(format!("lib/libpython3.{minor}.so.1.0"));
+            let binary = if library.exists() { library } else { command.clone() };
+            found.push(Python {
+                name,
+                version,
+                flavour: Flavour::Default,
+                libc: "glibc".into(),
+                command,
+                binary,
+                root: None,
+                debug_dir: None,
+            });
         }
     }
 }
@@ -186,7 +202,9 @@ fn add_system(found: &mut Vec<Python>) {
             flavour: Flavour::Default,
             libc: "glibc".into(),
             command: command.into(),
+            binary: command.into(),
             root: None,
+            debug_dir: None,
         });
     }
 }
@@ -197,9 +215,10 @@ fn add_fetched(found: &mut Vec<Python>) {
     folders.sort();
     for folder in folders {
         let Ok(text) = std::fs::read_to_string(folder.join("about.json")) else { continue };
-        let About { name, version, flavour, libc, root } = serde_json::from_str(&text)
+        let About { name, version, flavour, libc, exe, root, debug_dir } = serde_json::from_str(&text)
             .unwrap_or_else(|error| panic!("{}/about.json: {error}", folder.display()));
-        found.push(Python { name, version, flavour, libc, command: folder.join("run"), root });
+        let command = folder.join("run");
+        found.push(Python { name, version, flavour, libc, command, binary: exe, root, debug_dir });
     }
 }
 
