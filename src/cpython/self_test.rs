@@ -50,36 +50,21 @@ pub fn run(python: &Python, memory: &dyn RemoteMemory, tids: &[i32]) -> Result<S
         return Err(wrong("it has no thread states".into()));
     }
     own_states(python, memory, &threads).map_err(wrong)?;
+    if let Some(stray) = threads.iter().find(|t| !interpreters.contains(&t.interpreter)) {
+        let (at, interpreter) = (stray.tstate, stray.interpreter);
+        return Err(wrong(format!("the thread state at {at} points to no interpreter ({interpreter})")));
+    }
+    if !threads.iter().any(|t| t.tid.is_some_and(|tid| tids.contains(&tid))) {
+        let found: Vec<_> = threads.iter().map(|t| t.tid).collect();
+        return Err(wrong(format!(
+            "no thread state names a thread of the process (they name {found:?}, there are {tids:?})"
+        )));
+    }
     let mut codes = python.code_table();
     let mut report = SelfTest { threads: 0, frames: 0, sample: None };
-    let (mut deepest, mut known_tid) = (0, false);
+    let mut deepest = 0;
     for thread in &threads {
-        if !interpreters.contains(&thread.interpreter) {
-            let at = thread.tstate;
-            return Err(wrong(format!(
-                "the thread state at {at} points to no interpreter ({})",
-                thread.interpreter
-            )));
-        }
-        known_tid |= thread.tid.is_some_and(|tid| tids.contains(&tid));
-        let mut frames = Vec::new();
-        let walk = frame::walk(memory, layout, thread.tstate, &mut frames, MAX_DEPTH)
-            .map_err(|e| wrong(describe(&e)))?;
-        if walk.truncated {
-            return Err(wrong(format!(
-                "the thread state at {} has more than {MAX_DEPTH} frames",
-                thread.tstate
-            )));
-        }
-        let mut locations = Vec::new();
-        codes.resolve(memory, &frames, &mut locations);
-        if let Some(unread) = locations.iter().position(CodeTable::is_unknown) {
-            let code = frames.get(unread).map_or_else(String::new, |f| format!(" at {}", f.code));
-            return Err(wrong(format!(
-                "frame {unread} of thread state {} runs no code object{code}",
-                thread.tstate
-            )));
-        }
+        let locations = walk_one(python, memory, thread, &mut codes).map_err(wrong)?;
         report.threads += 1;
         report.frames += locations.len();
         if locations.len() > deepest {
@@ -87,13 +72,31 @@ pub fn run(python: &Python, memory: &dyn RemoteMemory, tids: &[i32]) -> Result<S
             report.sample = locations.into_iter().next();
         }
     }
-    if !known_tid {
-        let found: Vec<_> = threads.iter().map(|t| t.tid).collect();
-        return Err(wrong(format!(
-            "no thread state names a thread of the process (they name {found:?}, there are {tids:?})"
-        )));
-    }
     Ok(report)
+}
+
+/// Walks a thread to the end of its chain; every frame must run code.
+fn walk_one(
+    python: &Python,
+    memory: &dyn RemoteMemory,
+    thread: &PyThread,
+    codes: &mut CodeTable,
+) -> Result<Vec<Location>, String> {
+    let at = thread.tstate;
+    let mut frames = Vec::new();
+    let walk = frame::walk(memory, &python.layout, at, &mut frames, MAX_DEPTH).map_err(|e| describe(&e))?;
+    if walk.truncated {
+        return Err(format!("the thread state at {at} has more than {MAX_DEPTH} frames"));
+    }
+    let mut locations = Vec::new();
+    codes.resolve(memory, &frames, &mut locations);
+    match locations.iter().position(CodeTable::is_unknown) {
+        None => Ok(locations),
+        Some(unread) => {
+            let code = frames.get(unread).map_or_else(String::new, |f| format!(" at {}", f.code));
+            Err(format!("frame {unread} of thread state {at} runs no code object{code}"))
+        }
+    }
 }
 
 /// The thread pointer of a thread is in its state, so its slot can be tried from outside: a wrong key would give every thread an

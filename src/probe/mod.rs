@@ -6,6 +6,7 @@
 pub mod calls;
 pub mod error;
 pub mod function;
+mod handler;
 pub mod install;
 pub mod lift;
 pub mod place;

@@ -39,12 +39,10 @@
 
 use super::error::ProbeError;
 use super::function::Function;
+use super::handler;
 use super::plan::{EntryPoint, TableWord};
 use crate::addr::RemoteAddr;
-use iced_x86::code_asm::{
-    CodeAssembler, eax, ecx, edi, edx, esi, r8, r10, rax, rbp, rbx, rcx, rdi, rdx, rsi, rsp,
-};
-use iced_x86::code_asm::{byte_ptr, qword_ptr};
+use iced_x86::code_asm::{CodeAssembler, eax, qword_ptr, rsp};
 use iced_x86::{BlockEncoder, BlockEncoderOptions, Decoder, DecoderOptions, IcedError, InstructionBlock};
 
 /// Magic of a region; the last byte is the version of its layout.
@@ -69,15 +67,13 @@ pub const NOP: u8 = 0x90;
 pub const PATCH_LEN: usize = 32;
 const MAX_PATCHES: usize = 64;
 const MAX_TRAPS: usize = 256;
-const TRAPS_AT: usize = HEADER_LEN + MAX_PATCHES * PATCH_LEN;
+pub(super) const TRAPS_AT: usize = HEADER_LEN + MAX_PATCHES * PATCH_LEN;
 const CODE_AT: usize = TRAPS_AT + MAX_TRAPS * 16;
 const SA_SIGINFO: u64 = 4;
 const SA_RESTORER: u64 = 0x0400_0000;
 const SA_RESTART: u64 = 0x1000_0000;
 /// Our handler may itself be interrupted by a handler that allocates: its int3 must find us unblocked.
 const SA_NODEFER: u64 = 0x4000_0000;
-/// `offsetof(ucontext_t, uc_mcontext.gregs[REG_RIP])` on x86_64 (sys/ucontext.h).
-const UCONTEXT_RIP: i32 = 40 + 16 * 8;
 
 /// A thing changed in the target's memory, and what undoes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -288,8 +284,8 @@ impl Region {
         self.bytes.extend(b"/proc/thread-self/mem\0\0\0");
         let handler = self.here();
         let base = self.base.0;
-        let code = assemble_handler(handler, base, path_at, patches, traps, may_heal)
-            .map_err(|e| encoding("handler", e))?;
+        let tables = handler::Tables { base, path: path_at, patches, traps, may_heal };
+        let code = handler::assemble(handler, &tables).map_err(|e| encoding("handler", e))?;
         self.bytes.extend(code);
         let restorer = self.here();
         let mut a = asm(CodeAssembler::new(64), "assembler")?;
@@ -315,104 +311,6 @@ impl Region {
         image.resize(REGION_LEN, INT3);
         Ok(image)
     }
-}
-
-/// The handler: void handler(int, siginfo_t *, ucontext_t *), without stack use beyond three words.
-fn assemble_handler(
-    at: u64,
-    base: u64,
-    path: u64,
-    patches: usize,
-    traps: usize,
-    may_heal: bool,
-) -> Result<Vec<u8>, IcedError> {
-    let mut a = CodeAssembler::new(64)?;
-    let (mut next_trap, mut found, mut heal, mut next_patch, mut close, mut done, mut foreign) = (
-        a.create_label(),
-        a.create_label(),
-        a.create_label(),
-        a.create_label(),
-        a.create_label(),
-        a.create_label(),
-        a.create_label(),
-    );
-    // rax: where the trap was; rcx: the table; r8: traps left.
-    a.mov(rax, qword_ptr(rdx + UCONTEXT_RIP))?;
-    a.mov(rcx, base + TRAPS_AT as u64)?;
-    a.mov(r8, traps as u64)?;
-    a.xor(esi, esi)?;
-    a.set_label(&mut next_trap)?;
-    a.test(r8, r8)?;
-    a.je(heal)?;
-    a.cmp(rax, qword_ptr(rcx))?;
-    a.je(found)?;
-    a.add(rcx, 16)?;
-    a.dec(r8)?;
-    a.jmp(next_trap)?;
-    a.set_label(&mut found)?;
-    a.mov(rax, qword_ptr(rcx + 8))?;
-    a.mov(qword_ptr(rdx + UCONTEXT_RIP), rax)?;
-    a.mov(esi, 1)?;
-    // rsi: 1 when the trap was ours. Kept on the stack: system calls leave rbx and rbp alone.
-    a.set_label(&mut heal)?;
-    a.push(rbx)?;
-    a.push(rbp)?;
-    a.push(rsi)?;
-    if may_heal {
-        a.mov(rdi, path)?;
-        a.mov(esi, libc::O_RDWR | libc::O_CLOEXEC)?;
-        a.mov(eax, libc::SYS_open as i32)?;
-        a.syscall()?;
-        a.test(rax, rax)?;
-        a.js(done)?;
-        a.mov(rbx, rax)?;
-        a.mov(rbp, base + HEADER_LEN as u64)?;
-        a.set_label(&mut next_patch)?;
-        a.mov(rcx, base + (HEADER_LEN + patches * PATCH_LEN) as u64)?;
-        a.cmp(rbp, rcx)?;
-        a.jae(close)?;
-        a.mov(rdi, rbx)?;
-        a.lea(rsi, qword_ptr(rbp + 16))?;
-        a.mov(rdx, qword_ptr(rbp + 8))?;
-        a.mov(r10, qword_ptr(rbp))?;
-        a.mov(eax, libc::SYS_pwrite64 as i32)?;
-        a.syscall()?;
-        a.add(rbp, PATCH_LEN as i32)?;
-        a.jmp(next_patch)?;
-        a.set_label(&mut close)?;
-        a.mov(rdi, rbx)?;
-        a.mov(eax, libc::SYS_close as i32)?;
-        a.syscall()?;
-    }
-    a.set_label(&mut done)?;
-    a.pop(rsi)?;
-    a.pop(rbp)?;
-    a.pop(rbx)?;
-    a.test(esi, esi)?;
-    a.je(foreign)?;
-    a.ret()?;
-    // Not a breakpoint of ours: the disposition that the process had gets it.
-    a.set_label(&mut foreign)?;
-    a.mov(edi, libc::SIGTRAP)?;
-    a.mov(rsi, base + ORIGINAL_ACTION)?;
-    a.xor(edx, edx)?;
-    a.mov(r10, 8_u64)?;
-    a.mov(eax, libc::SYS_rt_sigaction as i32)?;
-    a.syscall()?;
-    a.mov(eax, libc::SYS_gettid as i32)?;
-    a.syscall()?;
-    a.push(rax)?;
-    a.mov(eax, libc::SYS_getpid as i32)?;
-    a.syscall()?;
-    a.mov(edi, eax)?;
-    a.pop(rsi)?;
-    a.mov(edx, libc::SIGTRAP)?;
-    a.mov(eax, libc::SYS_tgkill as i32)?;
-    a.syscall()?;
-    a.ret()?;
-    // Unused on some paths; silences nothing: labels must all be set.
-    let _ = (byte_ptr(0), ecx);
-    a.assemble(at)
 }
 
 /// The entry's first instruction, made to run at `to`, and a jump to the second.

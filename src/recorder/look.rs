@@ -4,6 +4,7 @@
 //! is read until two readings agree.
 
 use super::RecordError;
+use super::record::test_layout;
 use crate::cpython::{Location, Python, RawFrame};
 use crate::image::modules;
 use crate::inferior::memory::ProcessMemory;
@@ -72,12 +73,12 @@ pub fn inspect(pid: i32, running: bool) -> Result<Look, RecordError> {
     let modules = modules(maps::memory_holder(pid), &maps::mappings(pid)?, &memory)?;
     let python = Python::locate(&memory, &binaries(&modules))?;
     if running {
-        self_test(&python, pid, &memory, TRIES)?;
+        self_test(&python, pid, &memory)?;
         return look(&python, pid, &memory);
     }
     let mut inferior = Inferior::seize(pid)?;
     let looked = inferior.stop_to_attach().map_err(RecordError::from).and_then(|()| {
-        self_test(&python, pid, &memory, 1)?;
+        test_layout(&mut inferior, &python)?;
         look(&python, pid, &memory)
     });
     let let_go = inferior.detach();
@@ -87,8 +88,8 @@ pub fn inspect(pid: i32, running: bool) -> Result<Look, RecordError> {
 }
 
 /// A running target changes under the test: what fails once may be a race, what fails always is the layout.
-fn self_test(python: &Python, pid: i32, memory: &dyn RemoteMemory, tries: usize) -> Result<(), RecordError> {
-    for tries_left in (0..tries).rev() {
+fn self_test(python: &Python, pid: i32, memory: &dyn RemoteMemory) -> Result<(), RecordError> {
+    for tries_left in (0..TRIES).rev() {
         let tids: Vec<i32> = maps::namespaced_tasks(pid)?.iter().map(|(_, inner)| *inner).collect();
         match python.self_test(memory, &tids) {
             Ok(_) => break,

@@ -11,6 +11,7 @@ use super::source::{RecordSource, SourceEvent};
 use super::thread_names::ThreadNames;
 use super::trap::{StackReader, TrapSource};
 use crate::capture::{CaptureWriter, Counters, EndReason, Header, Trailer};
+use crate::cpython::Python;
 use crate::inferior::error::TraceError;
 use crate::inferior::stop::StopEvent;
 use crate::inferior::{Inferior, maps, sys};
@@ -26,6 +27,9 @@ use std::time::{Duration, Instant};
 const TICK: Duration = Duration::from_millis(100);
 /// How often what was recorded is handed to the kernel.
 const FLUSH_EVERY: Duration = Duration::from_secs(1);
+/// How often the layout is tried, and how long the target runs in between.
+const LAYOUT_TRIES: u32 = 5;
+const LAYOUT_PAUSE: Duration = Duration::from_millis(2);
 /// Events between two looks at the clock for the progress and the deadline.
 const EVENTS_PER_LOOK: u32 = 64;
 
@@ -176,9 +180,7 @@ fn plant(
     output: &mut Output,
 ) -> Result<(install::Installed, CaptureWriter), RecordError> {
     inferior.stop_to_attach()?;
-    // A leader that is gone keeps its thread state.
-    let tids: Vec<i32> = maps::namespaced_tasks(options.pid)?.iter().map(|(_, inner)| *inner).collect();
-    examined.python.self_test(inferior.memory(), &tids)?;
+    test_layout(inferior, &examined.python)?;
     if examined.seccomp {
         inferior.suspend_filters().map_err(|errno| ProbeError::Seccomp { errno })?;
     }
@@ -196,6 +198,25 @@ fn plant(
     let how = install::Options { unsafe_trap: options.unsafe_trap, may_heal: !examined.seccomp };
     let installed = install::install(inferior, &examined.plan, how)?;
     Ok((installed, writer))
+}
+
+/// Tries the layout on the real threads. The world may have been stopped while a thread state was being linked: what fails
+/// once is tried again on another moment, what fails always is the layout.
+pub(super) fn test_layout(inferior: &mut Inferior, python: &Python) -> Result<(), RecordError> {
+    for tries_left in (0..LAYOUT_TRIES).rev() {
+        // Not only the threads that are traced: a leader that is gone keeps its thread state.
+        let tids: Vec<i32> =
+            maps::namespaced_tasks(inferior.pid())?.iter().map(|(_, inner)| *inner).collect();
+        match python.self_test(inferior.memory(), &tids) {
+            Ok(_) => break,
+            Err(error) if tries_left == 0 => return Err(error.into()),
+            Err(error) => tracing::debug!("the layout does not fit this moment: {error}"),
+        }
+        inferior.resume()?;
+        std::thread::sleep(LAYOUT_PAUSE);
+        inferior.stop_to_attach()?;
+    }
+    Ok(())
 }
 
 /// A recording under way.
