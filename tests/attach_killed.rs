@@ -84,3 +84,24 @@ fn a_recorder_comes_back_after_one_that_was_killed() {
         common::snapshot::assert_left_no_trace(&before, &mut target);
     });
 }
+
+/// The one that was killed left its breakpoints: nothing was allocated since, and nothing took them out.
+#[test]
+fn a_recorder_comes_back_before_the_target_has_healed() {
+    for_each_python(one_of_each_linking, |python| {
+        let mut target = Target::start(python, "libc_blocks.py");
+        let before = Snapshot::take(target.pid());
+        for _ in 0..3 {
+            Recording::attach(&target, &["--python-allocators"]).kill();
+            assert!(
+                !Snapshot::take(target.pid()).changed_text().is_empty(),
+                "the breakpoints are still there"
+            );
+        }
+        let recording = Recording::attach(&target, &["--python-allocators"]);
+        let truth = common::truth::Truth::from_json(target.go());
+        let capture = recording.stop();
+        truth.assert_matches(&capture.assert_code(0).dump());
+        common::snapshot::assert_left_no_trace(&before, &mut target);
+    });
+}

@@ -43,6 +43,13 @@ impl Stale {
         self.handler_installed
     }
 
+    /// What `word` of an allocator table held before this heaptap made it hold `value`, if it did.
+    pub fn word_before(&self, word: RemoteAddr, value: RemoteAddr) -> Option<RemoteAddr> {
+        let planted = value.0.to_le_bytes();
+        let patch = self.patches.iter().find(|(at, len, _, now)| (*at, *len, *now) == (word, 8, planted))?;
+        Some(RemoteAddr(u64::from_le_bytes(patch.2)))
+    }
+
     /// The thunk that a patch made a table's word point to, if it is such a patch and lies where it must.
     fn thunk_of_word(&self, len: usize, planted: [u8; 8]) -> Option<RemoteAddr> {
         let thunk = RemoteAddr(u64::from_le_bytes(planted));

@@ -74,7 +74,8 @@ pub fn examine(pid: i32, python_allocators: bool) -> Result<Examined, RecordErro
     let modules = modules(maps::memory_holder(pid), &maps, &memory)?;
     let python = Python::locate(&memory, &binaries(&modules))?;
     let libc = libc_of(&modules);
-    let words = if python_allocators { table_words(&python, &memory, &modules)? } else { Vec::new() };
+    let stale = stale::find(&memory, &maps);
+    let words = if python_allocators { table_words(&python, &memory, &modules, &stale)? } else { Vec::new() };
     let libc_index = libc.as_ref().map(|l| l.module);
     let definitions: Vec<_> = modules
         .iter()
@@ -86,7 +87,6 @@ pub fn examine(pid: i32, python_allocators: bool) -> Result<Examined, RecordErro
         })
         .collect();
     let plan = plan(pid, &definitions, words)?;
-    let stale = stale::find(&memory, &maps);
     let seccomp = facts::has_seccomp(pid)?;
     // The handler of a killed heaptap is no use that the application makes of SIGTRAP.
     let sigtrap = if stale.iter().any(Stale::has_handler) { None } else { sigtrap_use(pid)? };
@@ -98,9 +98,16 @@ fn table_words(
     python: &Python,
     memory: &ProcessMemory,
     modules: &[Module],
+    stale: &[Stale],
 ) -> Result<Vec<TableWord>, RecordError> {
     let tables = allocators::find(memory, &binaries(modules), python)?;
-    Ok(tables.iter().flat_map(words_of).collect())
+    let mut words: Vec<TableWord> = tables.iter().flat_map(words_of).collect();
+    // What a killed heaptap left is taken back before anything is planted.
+    for word in &mut words {
+        let before = stale.iter().find_map(|s| s.word_before(word.word, word.value));
+        word.value = before.unwrap_or(word.value);
+    }
+    Ok(words)
 }
 
 /// The four functions of a table; its first word is their context.
