@@ -40,6 +40,7 @@ fn assert_right(target: &mut Target, last: &mut u64) {
 fn killing_the_recorder_at_any_instant_spares_the_target() {
     for_each_python(one_of_each_linking, |python| {
         let mut target = Target::start(python, "verifying.py");
+        let before = Snapshot::take(target.pid());
         let mut rounds = 0;
         assert_right(&mut target, &mut rounds);
         let folder = tempfile::tempdir().unwrap();
@@ -67,6 +68,8 @@ fn killing_the_recorder_at_any_instant_spares_the_target() {
             child.wait().unwrap();
             assert_right(&mut target, &mut rounds);
         }
+        common::heaptap::detach_in_the_end(target.pid());
+        common::snapshot::assert_left_no_trace(&before, &mut target);
     });
 }
 

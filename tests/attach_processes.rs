@@ -68,9 +68,11 @@ fn threads_blocked_in_system_calls_stay_blocked() {
 fn a_sleep_lasts_as_long_as_it_was_asked_to() {
     for_each_python(a_few, |python| {
         let mut target = Target::builder(python, "blocked.py").env("HEAPTAP_FIXTURE_SECONDS", "5").start();
+        let before = Snapshot::take(target.pid());
         let recording = Recording::attach(&target, &[]);
         std::thread::sleep(Duration::from_millis(300));
         recording.stop().assert_code(0);
+        assert_left_no_trace(&before, &mut target);
         let truth = target.go();
         for name in ["nanosleep", "time.sleep"] {
             let seconds = truth["results"][name]["seconds"].as_f64().unwrap();

@@ -151,9 +151,11 @@ fn heaptap_and_memray_agree() {
         assert!(expected.len() > 100, "memray saw only {} sites", expected.len());
 
         let mut target = Target::start(python, PROGRAM);
+        let before = common::Snapshot::take(target.pid());
         let recording = Recording::attach(&target, &[]);
         target.go();
         let dump = recording.stop().assert_code(0).dump();
+        common::snapshot::assert_left_no_trace(&before, &mut target);
         let found = differing(&records(&dump), &expected);
         assert!(found.is_empty(), "records:\n  {}", found.join("\n  "));
 

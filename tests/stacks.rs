@@ -40,6 +40,7 @@ fn stacks_equal_what_the_process_says() {
     on_every_interpreter(|interpreter| {
         let mut program = Program::start(interpreter, "every_kind_of_frame.py");
         let own: Value = serde_json::from_str(&program.line()).unwrap();
+        let before = common::Snapshot::take(program.pid());
         let output = assert_cmd::Command::cargo_bin("heaptap")
             .unwrap()
             .args(["stacks", "--json", "--pid", &program.pid().to_string()])
@@ -72,6 +73,7 @@ fn stacks_equal_what_the_process_says() {
         let raw = own["raw_thread"].as_u64().unwrap();
         assert_eq!(without.len(), usize::from(raw != 0), "threads without a Python state");
         assert!(without.iter().all(|t| t["frames"] == json!([])));
+        assert_eq!(before.differences(program.pid()), Vec::<String>::new(), "a trace was left");
     });
 }
 

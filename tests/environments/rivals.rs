@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::{a_few, assert_refused, detach, is_root, refusal, said};
+use crate::common::heaptap::detach_in_the_end;
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
 use crate::common::{Recording, Snapshot, Target, for_each_python, missing, pythons, skipped};
@@ -104,20 +105,6 @@ fn detach_finds_nothing_where_nothing_is() {
     });
 }
 
-/// Without its heaptap nobody knows which words on the stacks are ways back: a dead one may put the removal off.
-fn detach_in_the_end(target: &Target) {
-    let started = Instant::now();
-    loop {
-        let output = detach(target);
-        assert!(output.status.success(), "{}", said(&output));
-        if said(&output).contains("removed") {
-            return;
-        }
-        assert!(said(&output).contains("stay for now"), "{}", said(&output));
-        assert!(started.elapsed() < Duration::from_secs(30), "{}", said(&output));
-    }
-}
-
 #[test]
 fn detach_removes_what_a_killed_heaptap_left() {
     for_each_python(a_few, |python| {
@@ -136,7 +123,7 @@ fn detach_removes_what_a_killed_heaptap_left() {
                     target.go();
                 }
                 assert!(!before.differences(target.pid()).is_empty(), "the test shows nothing");
-                detach_in_the_end(&target);
+                detach_in_the_end(target.pid());
                 assert_left_no_trace(&before, &mut target);
                 let again = detach(&target);
                 assert!(again.status.success() && said(&again).contains("nothing"), "{}", said(&again));
@@ -267,8 +254,9 @@ fn a_uprobe_on_malloc_is_respected() {
     target.go();
     // Gone, it is no obstacle.
     drop(probe);
+    let bare = Snapshot::take(target.pid());
     let recording = Recording::attach(&target, &[]);
     let truth = Truth::from_json(target.go());
     truth.assert_matches(&recording.stop().assert_code(0).dump());
-    assert_left_no_trace(&Snapshot::take(target.pid()), &mut target);
+    assert_left_no_trace(&bare, &mut target);
 }
