@@ -25,6 +25,7 @@
 //! or to us: see README, "What is written into the target, and how it is undone".
 
 pub mod addr;
+pub mod agent_abi;
 pub mod analysis;
 pub mod capture;
 pub mod cli;

@@ -1,0 +1,377 @@
+//! What the controller and the in-target agent have in common: memory layouts, record formats, constants. Compiled into
+//! both sides (into the agent without std), so that neither can disagree with the other.
+//!
+//! Three pieces of memory in the target:
+//! * **regions**, read-only and executable, near the hooked functions: header, thunks, [`Descriptor`]s, trampolines;
+//! * the **state** ([`State`]), private to the process and wiped in a forked child (`MADV_WIPEONFORK`): a child reads
+//!   `enabled == 0` and passes every call through;
+//! * the **ring memory** ([`RingControl`]s and their data), shared with the controller through a memfd, and not inherited
+//!   by children (`MADV_DONTFORK`). It is touched only while `enabled`.
+//!
+//! A ring has one writer at a time: the thread that owns it, or whoever holds its lock (ring 0, that threads share). A record
+//! exists from the moment that `head` is moved over it, so a thread that is cancelled or jumps out of the agent leaves
+//! no half of one.
+
+/// Version of everything in this file. A controller that finds another in a target only passes its hooks through and
+/// removes them.
+pub const ABI_VERSION: u32 = 1;
+
+/// First word of [`State::magic`].
+pub const STATE_MAGIC: u64 = u64::from_le_bytes(*b"htstate\x01");
+
+/// Which function a hook stands for: the numbers of [`Descriptor::function`] and of records.
+pub mod function {
+    #![allow(missing_docs)]
+    pub const MALLOC: u8 = 0;
+    pub const CALLOC: u8 = 1;
+    pub const REALLOC: u8 = 2;
+    pub const FREE: u8 = 3;
+    pub const POSIX_MEMALIGN: u8 = 4;
+    pub const ALIGNED_ALLOC: u8 = 5;
+    pub const MEMALIGN: u8 = 6;
+    pub const VALLOC: u8 = 7;
+    pub const PVALLOC: u8 = 8;
+    pub const MMAP: u8 = 9;
+    pub const MUNMAP: u8 = 10;
+    pub const MREMAP: u8 = 11;
+    /// The functions of CPython's allocator tables: this + 4 × domain (raw, mem, object) + member (malloc, calloc, realloc,
+    /// free). They take their context before their other arguments.
+    pub const PYTHON: u8 = 16;
+    /// `PyCode_Type.tp_dealloc`.
+    pub const CODE_DEALLOC: u8 = 32;
+}
+
+/// A hook's facts, beside its thunk. The thunk passes its address in r11.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Descriptor {
+    /// Runs the function as if it were not hooked.
+    pub original: u64,
+    /// Address of the [`State`].
+    pub state: u64,
+    /// One of [`function`].
+    pub function: u32,
+    /// Not used.
+    pub reserved: u32,
+}
+
+/// Threads that can be told apart. More of them at once are passed through and counted.
+pub const SLOTS: usize = 2048;
+/// log2 of [`SLOTS`].
+pub const SLOTS_LOG2: u32 = 11;
+/// Multiplier of the hash of a thread pointer (Fibonacci hashing), fits an imm32.
+pub const SLOT_HASH: u64 = 0x61c8_8647;
+/// Slots looked at from a thread's home on.
+pub const SLOT_PROBES: usize = 64;
+/// Buckets of the table of sampled blocks, of 8 addresses each: a block is in one of two.
+pub const TRACKED_BUCKETS: usize = 1 << 13;
+/// log2 of [`FILTER_LEN`].
+pub const FILTER_LOG2: u32 = 16;
+/// Counters of the filter in front of it.
+pub const FILTER_LEN: usize = 1 << FILTER_LOG2;
+/// Multiplier of the filter's hash of an address (of its bits from 4 on).
+pub const FILTER_HASH: u64 = 0x9e37_79b1;
+/// Stacks remembered as told.
+pub const STACKS_SEEN: usize = 1 << 16;
+/// Code objects remembered as told.
+pub const CODES_SEEN: usize = 1 << 13;
+/// Generations of code objects, by a hash of the address.
+pub const CODE_GENERATIONS: usize = 1 << 12;
+/// Ranges of return addresses of calls to mmap, munmap and mremap that are an allocator's own.
+pub const INTERNAL_CALLERS: usize = 64;
+
+/// The private state. Zero is the state of a forked child.
+#[repr(C)]
+pub struct State {
+    /// 1: record. 0: pass everything through. First, so that a hook's first load is from offset 0.
+    pub enabled: u32,
+    /// 0: sampled; 1: every event.
+    pub exact: u32,
+    /// [`STATE_MAGIC`].
+    pub magic: u64,
+    /// [`ABI_VERSION`].
+    pub abi_version: u32,
+    /// What the agent may do, see the flags of [`may`].
+    pub flags: u32,
+    /// Address of the ring memory.
+    pub rings: u64,
+    /// Rings in it; ring 0 is shared.
+    pub ring_count: u32,
+    /// Rings given to threads so far.
+    pub rings_used: u32,
+    /// Bytes of data of each ring, a power of two.
+    pub ring_len: u64,
+    /// Sampling interval in bytes (sampled mode). The controller may raise it; a thread takes it at its next draw.
+    pub interval: u64,
+    /// Seed of the threads' random numbers.
+    pub seed: u64,
+    /// Ticks of the time stamp counter after which a controller without a heartbeat is no longer waited for.
+    pub patience: u64,
+    /// Ticks after which it is taken for dead, and the agent switches itself off.
+    pub dead_after: u64,
+    /// Ticks that one event may wait for room.
+    pub max_wait: u64,
+    /// Offset of the kernel's thread id from the thread pointer (`struct pthread`).
+    pub tid_offset: u64,
+    /// How Python stacks are walked.
+    pub python: PythonFacts,
+    /// Return addresses that mark a call to the mmap family as an allocator's own: [first, last] pairs, zero ends.
+    pub internal_callers: [[u64; 2]; INTERNAL_CALLERS],
+    /// Threads for which there was no slot or that could not be told: calls passed through.
+    pub without_slot: u64,
+    /// Calls of signal handlers that came while the agent itself ran on their thread: passed through.
+    pub in_agent: u64,
+    /// Keeps what follows from the line of what the controller writes.
+    pub padding: [u64; 8],
+    /// One for each thread.
+    pub slots: [Slot; SLOTS],
+    /// How many sampled blocks hash here, 255 for ever once reached.
+    pub filter: [u8; FILTER_LEN],
+    /// Addresses of sampled blocks.
+    pub tracked: [[u64; 8]; TRACKED_BUCKETS],
+    /// Hashes of stacks that were told.
+    pub stacks_seen: [u64; STACKS_SEEN],
+    /// Mixed addresses and generations of code objects that were told.
+    pub codes_seen: [u64; CODES_SEEN],
+    /// How many code objects that hash here were deallocated.
+    pub code_generations: [u32; CODE_GENERATIONS],
+}
+
+/// Flags of [`State::flags`].
+pub mod may {
+    /// The agent may make system calls (nanosleep, sigaltstack, arch_prctl): no seccomp filter.
+    pub const MAKE_CALLS: u32 = 1;
+    /// `rdfsbase` works in user mode.
+    pub const READ_FS_BASE: u32 = 2;
+    /// CPython's allocator tables are hooked.
+    pub const TABLES_HOOKED: u32 = 4;
+}
+
+/// A thread as the agent knows it.
+#[repr(C, align(128))]
+pub struct Slot {
+    /// Its thread pointer; 0 for a free slot. At offset 0 for the fast path.
+    pub key: u64,
+    /// Bytes until its next sample; sampled when it goes below 0. At offset 8 for the fast path.
+    pub until: i64,
+    /// Interval with which that was drawn.
+    pub interval: u64,
+    /// State of its random numbers.
+    pub random: u64,
+    /// Calls under way that will return through the agent.
+    pub depth: u32,
+    /// 1 while the agent's own code runs.
+    pub in_agent: u32,
+    /// Stack pointer at the outermost call under way.
+    pub depth_rsp: u64,
+    /// Stack pointer at which the agent was entered last.
+    pub agent_rsp: u64,
+    /// Its kernel id when last looked at.
+    pub tid: u32,
+    /// Its ring.
+    pub ring: u32,
+    /// Where its ring ends for now: `tail` as last read.
+    pub tail: u64,
+    /// Events until the heartbeat is looked at again.
+    pub until_look: u32,
+    /// Set when a wait ran out; no more waiting before the controller has moved on.
+    pub gave_up: u32,
+    /// Ticks that the agent spent on this thread (sampled mode: samples only).
+    pub spent: u64,
+    /// Events dropped for want of room.
+    pub dropped: u64,
+}
+
+/// Control words of a ring. All positions count bytes from the start and never wrap; a record lies at
+/// `position % ring_len`.
+#[repr(C, align(128))]
+pub struct RingControl {
+    /// End of what is published; bit 0 is set while the writer stamps and writes a record (positions are multiples of 8).
+    pub head: u64,
+    /// Which thread writes: for ring 0 the id of the last writer, whose change a THREAD record told.
+    pub tid: u32,
+    /// Ring 0: slot index + 1 of who holds it.
+    pub lock: u32,
+    /// Events dropped because this ring was full or locked.
+    pub dropped: u64,
+    /// Keeps the controller's word on its own line.
+    pub padding: [u64; 5],
+    /// End of what the controller has taken.
+    pub tail: u64,
+}
+
+/// The first page of the ring memory; [`RingControl`]s follow it, then the data, from the next page on.
+#[repr(C)]
+pub struct SharedControl {
+    /// Time stamp counter, written by the controller at least every 50 ms.
+    pub heartbeat: u64,
+}
+
+/// Offset of the ring controls in the ring memory.
+pub const RING_CONTROLS_AT: usize = 4096;
+
+/// Offset of the first ring's data.
+pub const fn ring_data_at(ring_count: usize) -> usize {
+    (RING_CONTROLS_AT + ring_count * size_of::<RingControl>()).next_multiple_of(4096)
+}
+
+/// Bytes of ring memory.
+pub const fn ring_memory_len(ring_count: usize, ring_len: usize) -> usize {
+    ring_data_at(ring_count) + ring_count * ring_len
+}
+
+/// The first word of every record: kind in bits 0..8, [`function`] in 8..16, low 48 bits of the time stamp counter in
+/// 16..64. Records are whole numbers of 8-byte words and never wrap around the end of the data.
+pub mod record {
+    /// Nothing up to the end of the data.
+    pub const PAD: u8 = 1;
+    /// `[_, address]`: a block given back, for certain.
+    pub const FREE: u8 = 2;
+    /// `[_, address]`: a block given back inside another call.
+    pub const FREE_INSIDE: u8 = 3;
+    /// `[_, address, size, stack]`: memory given out; address 0 (or -1 for the mmap family): the call failed.
+    pub const ALLOC: u8 = 4;
+    /// `[_, address, size, stack, interval]`: the same, a sample.
+    pub const SAMPLE: u8 = 5;
+    /// `[_, a, b, c]`: realloc (block, size), munmap (address, length), mremap (address, length, new length) begins.
+    pub const BEGIN: u8 = 6;
+    /// `[_, result, stack, interval]`: it ended. Interval 0: every event is recorded; [`NOT_SAMPLED`]: only what it gave
+    /// back counts.
+    pub const END: u8 = 7;
+    /// `[_, hash, count, (code, packed) × count]`: the frames behind a stack's hash, innermost first. packed: byte offset
+    /// of the instruction (i32, see the controller's `RawFrame`) in the low half, generation in the upper. The count's bit 63:
+    /// deeper frames were left out.
+    pub const STACK: u8 = 8;
+    /// `[_, code, generation | part << 32, total, offset | len << 32, bytes…]`: a piece of a code object's text, see
+    /// [`super::part`]. `total` is the whole part's length in bytes.
+    pub const CODE: u8 = 9;
+    /// `[_, tid]`: the records that follow in this ring are this thread's.
+    pub const THREAD: u8 = 10;
+}
+
+/// [`record::END`]: see there.
+pub const NOT_SAMPLED: u64 = u64::MAX;
+
+/// Parts of a code object, for [`record::CODE`].
+pub mod part {
+    /// Two i32: first line, first traceable instruction.
+    pub const NUMBERS: u32 = 0;
+    /// Qualified name (name before 3.11), 1 byte per character. Longer than 4096 characters: cut.
+    pub const NAME_1: u32 = 1;
+    /// The same, 2 bytes.
+    pub const NAME_2: u32 = 2;
+    /// The same, 4 bytes.
+    pub const NAME_4: u32 = 3;
+    /// File name, 1 byte per character.
+    pub const FILE_1: u32 = 4;
+    /// The same, 2 bytes.
+    pub const FILE_2: u32 = 5;
+    /// The same, 4 bytes.
+    pub const FILE_4: u32 = 6;
+    /// The line table. Always the last part of a code object, also when it is empty.
+    pub const LINES: u32 = 7;
+}
+
+/// Frames of a stack that are kept; see the trap kind.
+pub const MAX_DEPTH: usize = 1024;
+
+/// How a thread's own state is found: [`PythonFacts::own_state`].
+pub mod own_state {
+    /// There is no way: no stacks.
+    pub const NONE: u32 = 0;
+    /// glibc: `a` = key, `b` = offset of `specific` in `struct pthread`.
+    pub const GLIBC: u32 = 1;
+    /// musl: `a` = key, `b` = offset of `tsd`.
+    pub const MUSL: u32 = 2;
+    /// `a` = distance from the thread pointer (signed).
+    pub const THREAD_LOCAL: u32 = 3;
+    /// `a` = module, `b` = offset in its block, `c` = bytes of an entry of the vector.
+    pub const DYNAMIC: u32 = 4;
+}
+
+/// How frames hang together: [`PythonFacts::chain`].
+pub mod chain {
+    /// `tstate.frame`, then `f_back`.
+    pub const FRAME_OBJECT: u32 = 0;
+    /// `tstate.cframe->current_frame`, then `previous`.
+    pub const CFRAME: u32 = 1;
+    /// `tstate.current_frame`, then `previous`.
+    pub const CURRENT_FRAME: u32 = 2;
+}
+
+/// An offset that does not exist.
+pub const ABSENT: u32 = u32::MAX;
+
+/// Everything that the walker has to know of this CPython. Offsets in bytes; [`ABSENT`] where there is no such field.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PythonFacts {
+    /// One of [`own_state`].
+    pub own_state: u32,
+    /// One of [`chain`].
+    pub chain: u32,
+    /// See [`own_state`].
+    pub a: u64,
+    /// See [`own_state`].
+    pub b: u64,
+    /// See [`own_state`].
+    pub c: u64,
+    /// Address of the word that names the thread state that finalizes the runtime.
+    pub finalizing: u64,
+    /// Of `PyThreadState`: the thread pointer of its thread.
+    pub thread_id: u32,
+    /// Of `PyThreadState`: first frame, or the `_PyCFrame`.
+    pub first_frame: u32,
+    /// Of `_PyCFrame`: the first frame.
+    pub cframe_frame: u32,
+    /// Of a frame: the caller.
+    pub previous: u32,
+    /// Of a frame: the code object.
+    pub code: u32,
+    /// Of a frame: `f_lasti` (i32) or the pointer to the instruction.
+    pub instruction: u32,
+    /// `f_lasti` is multiplied by this.
+    pub lasti_unit: u32,
+    /// Of a frame: one byte, who owns it.
+    pub owner: u32,
+    /// Owners from this on run no Python code; 256 for none.
+    pub shim_owner: u32,
+    /// Bits that are masked off a frame's pointer to its code.
+    pub code_mask: u32,
+    /// Of a code object: its bytecode.
+    pub bytecode: u32,
+    /// Of a code object: the array of copies of it (free-threaded).
+    pub co_tlbc: u32,
+    /// Of a frame: which copy (u32).
+    pub tlbc_index: u32,
+    /// Of a code object: `str`, qualified name or name.
+    pub co_name: u32,
+    /// Of a code object: `str`.
+    pub co_filename: u32,
+    /// Of a code object: `bytes`.
+    pub co_linetable: u32,
+    /// Of a code object: i32.
+    pub co_firstlineno: u32,
+    /// Of a code object: i32.
+    pub co_firsttraceable: u32,
+    /// Of `bytes`: its length.
+    pub bytes_size: u32,
+    /// Of `bytes`: the first.
+    pub bytes_data: u32,
+    /// Of `str`: flags (u32).
+    pub str_state: u32,
+    /// Of `str`: characters (u64).
+    pub str_length: u32,
+    /// Of `str`: data of a compact ASCII one.
+    pub str_ascii_data: u32,
+    /// Of `str`: data of another compact one.
+    pub str_compact_data: u32,
+    /// Of `str`: pointer to the data of one that is not compact.
+    pub str_data: u32,
+    /// First of the 3 bits of `str_state` that give the bytes per character.
+    pub str_kind_bit: u32,
+    /// Bit of `str_state`: compact.
+    pub str_compact_bit: u32,
+    /// Bit of `str_state`: ASCII.
+    pub str_ascii_bit: u32,
+}
