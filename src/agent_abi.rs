@@ -210,14 +210,18 @@ pub struct SharedControl {
 /// Offset of the ring controls in the ring memory.
 pub const RING_CONTROLS_AT: usize = 4096;
 
-/// Offset of the first ring's data.
-pub const fn ring_data_at(ring_count: usize) -> usize {
+/// Bytes behind each ring's data in which its writer gathers the frames of a stack.
+pub const SCRATCH_LEN: usize = MAX_DEPTH * 16;
+
+/// Offset of the data of ring `index`.
+pub const fn ring_data_at(ring_count: usize, ring_len: usize, index: usize) -> usize {
     (RING_CONTROLS_AT + ring_count * size_of::<RingControl>()).next_multiple_of(4096)
+        + index * (ring_len + SCRATCH_LEN)
 }
 
 /// Bytes of ring memory.
 pub const fn ring_memory_len(ring_count: usize, ring_len: usize) -> usize {
-    ring_data_at(ring_count) + ring_count * ring_len
+    ring_data_at(ring_count, ring_len, ring_count)
 }
 
 /// The first word of every record: kind in bits 0..8, [`function`] in 8..16, low 48 bits of the time stamp counter in

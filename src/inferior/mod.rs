@@ -31,7 +31,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 use stop::StopEvent;
-use sys::{Of, Wait, Waited};
+use sys::{Of, Scope, Wait, Waited};
 use world::{Reaction, Release, World};
 
 /// How long [`Inferior::stop`] waits: the other threads stand still meanwhile. A thread in vfork(2) or in
@@ -72,6 +72,7 @@ pub struct Inferior {
     gadgets: Option<Gadgets>,
     /// Its threads have seccomp filters, which remote calls suspend.
     filtered: bool,
+    scope: Scope,
     /// The last stop left threads running.
     stuck: bool,
     ended: bool,
@@ -80,6 +81,31 @@ pub struct Inferior {
 impl Inferior {
     /// Seizes every thread of `pid`; they go on running. Refuses, with nothing changed, what can't be traced.
     pub fn seize(pid: i32) -> Result<Self, AttachError> {
+        let mut inferior = Self::open(pid, Scope::Whole)?;
+        inferior.seized(|me| me.seize_new_threads())?;
+        Ok(inferior)
+    }
+
+    /// Seizes one thread of `pid`, to make system calls in its name while the others run on untraced.
+    pub fn seize_thread(pid: i32) -> Result<Self, AttachError> {
+        let mut inferior = Self::open(pid, Scope::Thread)?;
+        inferior.seized(|me| me.seize_any_thread())?;
+        Ok(inferior)
+    }
+
+    /// Runs `seize`; nothing was written yet, and what it seized must not stay traced when it fails.
+    fn seized(
+        &mut self,
+        seize: impl FnOnce(&mut Self) -> Result<(), AttachError>,
+    ) -> Result<(), AttachError> {
+        seize(self).inspect_err(|_| {
+            if let Err(e) = self.let_all_go() {
+                tracing::warn!("letting go of process {} after a refused attach: {e}", self.pid);
+            }
+        })
+    }
+
+    fn open(pid: i32, scope: Scope) -> Result<Self, AttachError> {
         facts::check_attachable(pid)?;
         let path = format!("/proc/{}/mem", maps::memory_holder(pid));
         let mem_file = match File::options().read(true).write(true).open(&path) {
@@ -89,7 +115,7 @@ impl Inferior {
             }
             Err(source) => return Err(TraceError::Proc { path, source }.into()),
         };
-        let mut inferior = Self {
+        Ok(Self {
             pid,
             world: World::new(pid),
             newborns: BTreeSet::new(),
@@ -100,19 +126,31 @@ impl Inferior {
             bypasses: HashMap::new(),
             gadgets: None,
             filtered: false,
+            scope,
             stuck: false,
             ended: false,
-        };
-        match inferior.seize_new_threads() {
-            Ok(()) => Ok(inferior),
-            Err(error) => {
-                // Nothing was written; what was seized must not stay traced.
-                if let Err(e) = inferior.detach() {
-                    tracing::warn!("letting go of process {pid} after a refused attach: {e}");
+        })
+    }
+
+    /// The first thread that can be seized, the leader if it lives.
+    fn seize_any_thread(&mut self) -> Result<(), AttachError> {
+        for tid in facts::threads(self.pid)? {
+            if matches!(facts::state(self.pid, tid), None | Some('Z' | 'X')) {
+                continue;
+            }
+            match sys::seize(tid, self.scope) {
+                Ok(()) => {
+                    self.world.add_running(tid);
+                    return Ok(());
                 }
-                Err(error)
+                Err(Errno::ESRCH) => {}
+                Err(Errno::EPERM) => {
+                    self.explain_refusal(tid)?;
+                }
+                Err(errno) => return Err(TraceError::of("seize", tid)(errno).into()),
             }
         }
+        Err(AttachError::NoProcess { pid: self.pid })
     }
 
     /// Seizes threads until a whole listing shows none that is new.
@@ -123,7 +161,7 @@ impl Inferior {
                 if self.world.knows(tid) || matches!(facts::state(self.pid, tid), None | Some('Z' | 'X')) {
                     continue;
                 }
-                match sys::seize(tid) {
+                match sys::seize(tid, self.scope) {
                     Ok(()) => {
                         self.world.add_running(tid);
                         new = true;
@@ -369,6 +407,10 @@ impl Inferior {
 
     /// Ends tracing. Threads that are not stopped, and can't be, are let go by the kernel when we exit.
     pub fn detach(mut self) -> Result<(), TraceError> {
+        self.let_all_go()
+    }
+
+    fn let_all_go(&mut self) -> Result<(), TraceError> {
         if self.ended {
             return Ok(());
         }

@@ -118,8 +118,8 @@ impl Inferior {
         let Some(tid) = self.world.tids().into_iter().find(|t| self.world.held(*t).is_some()) else {
             return Err(Errno::ESRCH);
         };
-        sys::suspend_seccomp(tid, true)?;
-        sys::suspend_seccomp(tid, false)?;
+        sys::suspend_seccomp(tid, self.scope, true)?;
+        sys::suspend_seccomp(tid, self.scope, false)?;
         self.filtered = true;
         Ok(())
     }
@@ -132,9 +132,10 @@ impl Inferior {
         if !self.filtered {
             return act(self);
         }
-        sys::suspend_seccomp(tid, true).map_err(TraceError::of("suspend the seccomp filter of", tid))?;
+        sys::suspend_seccomp(tid, self.scope, true)
+            .map_err(TraceError::of("suspend the seccomp filter of", tid))?;
         let result = act(self);
-        match sys::suspend_seccomp(tid, false) {
+        match sys::suspend_seccomp(tid, self.scope, false) {
             Ok(()) | Err(Errno::ESRCH) => result,
             Err(errno) => Err(TraceError::of("restore the seccomp filter of", tid)(errno)),
         }

@@ -49,9 +49,27 @@ fn ptrace(request: u32, tid: i32, addr: usize, data: usize) -> Result<c_long, Er
     if value == -1 && Errno::last_raw() != 0 { Err(Errno::last()) } else { Ok(value) }
 }
 
+/// How much of a process is traced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// All of it, and whatever it gives birth to from the first moment on.
+    Whole,
+    /// One thread; what it gives birth to is not.
+    Thread,
+}
+
+impl Scope {
+    fn options(self) -> c_int {
+        match self {
+            Self::Whole => OPTIONS,
+            Self::Thread => libc::PTRACE_O_TRACESYSGOOD,
+        }
+    }
+}
+
 /// Starts tracing `tid` without stopping it.
-pub fn seize(tid: i32) -> Result<(), Errno> {
-    ptrace(libc::PTRACE_SEIZE, tid, 0, OPTIONS as usize).map(drop)
+pub fn seize(tid: i32, scope: Scope) -> Result<(), Errno> {
+    ptrace(libc::PTRACE_SEIZE, tid, 0, scope.options() as usize).map(drop)
 }
 
 /// Asks a running tracee to stop.
@@ -157,8 +175,8 @@ pub fn event_message(tid: i32) -> Result<i32, Errno> {
 }
 
 /// Turns seccomp filters of a stopped tracee off (until it is detached) or on again.
-pub fn suspend_seccomp(tid: i32, suspended: bool) -> Result<(), Errno> {
-    let options = if suspended { OPTIONS | SUSPEND_SECCOMP } else { OPTIONS };
+pub fn suspend_seccomp(tid: i32, scope: Scope, suspended: bool) -> Result<(), Errno> {
+    let options = scope.options() | if suspended { SUSPEND_SECCOMP } else { 0 };
     ptrace(libc::PTRACE_SETOPTIONS, tid, 0, options as usize).map(drop)
 }
 

@@ -1,0 +1,58 @@
+//! Threads: finding the calling thread's [`Slot`] by its thread pointer.
+
+use crate::abi::{SLOT_HASH, SLOT_PROBES, SLOTS, SLOTS_LOG2, Slot, State, may};
+use crate::machine;
+use crate::sample;
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+/// The calling thread's slot, made if need be; null if there is no room for another or the thread can't be told.
+///
+/// # Safety
+/// `state` is the agent's state; `mapping` says that the hooked function is of the mmap family, which threads without a
+/// control block may call, too.
+pub unsafe fn find(state: *mut State, mapping: bool) -> *mut Slot {
+    let pointer = if mapping { checked_thread_pointer(state) } else { machine::thread_pointer() };
+    if pointer == 0 {
+        return core::ptr::null_mut();
+    }
+    let slots = (&raw mut (*state).slots).cast::<Slot>();
+    let home = (pointer.wrapping_mul(SLOT_HASH) >> (64 - SLOTS_LOG2)) as usize;
+    let mut i = 0;
+    while i < SLOT_PROBES {
+        let slot = slots.add((home + i) & (SLOTS - 1));
+        let key = AtomicU64::from_ptr(&raw mut (*slot).key);
+        let found = key.load(Ordering::Relaxed);
+        if found == pointer {
+            return slot;
+        }
+        if found == 0 && key.compare_exchange(0, pointer, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            begin(state, slot);
+            return slot;
+        }
+        i += 1;
+    }
+    core::ptr::null_mut()
+}
+
+unsafe fn checked_thread_pointer(state: *mut State) -> u64 {
+    if (*state).flags & may::READ_FS_BASE != 0 {
+        machine::fs_base()
+    } else if (*state).flags & may::MAKE_CALLS != 0 {
+        machine::fs_base_by_call()
+    } else {
+        machine::thread_pointer()
+    }
+}
+
+/// A slot taken for the first time. Nobody else uses it.
+unsafe fn begin(state: *mut State, slot: *mut Slot) {
+    let used = AtomicU32::from_ptr(&raw mut (*state).rings_used);
+    (*slot).ring = 0;
+    if (*state).exact != 0 && used.load(Ordering::Relaxed) + 1 < (*state).ring_count {
+        let ring = used.fetch_add(1, Ordering::Relaxed) + 1;
+        (*slot).ring = if ring < (*state).ring_count { ring } else { 0 };
+    }
+    let index = slot.cast::<u8>().offset_from((&raw mut (*state).slots).cast::<u8>()) as u64;
+    (*slot).random = ((*state).seed ^ index.wrapping_mul(0x9e37_79b9_7f4a_7c15)) | 1;
+    sample::draw(state, slot);
+}
