@@ -158,8 +158,8 @@ unsafe fn nested(state: *mut State, slot: *mut Slot, call: *mut Call, function: 
     let first = first_argument(call, function);
     let frees = is_free(function) && first != 0;
     if (*state).exact != 0 {
-        if frees && let Some(mut ring) = ring::acquire(state, slot) {
-            ring.push(record::FREE_INSIDE, function, &[first]);
+        if frees && let Some(ring) = ring::acquire(state, slot) {
+            ring.push_event(record::FREE_INSIDE, function, first, &[first]);
             ring.release();
         }
         return;
@@ -235,8 +235,8 @@ unsafe fn size(call: *mut Call, function: u8) -> Option<u64> {
 /// BEGIN of a call that may give something back.
 unsafe fn begin(state: *mut State, slot: *mut Slot, call: *mut Call, function: u8) -> bool {
     let words = [argument(call, function, 0), argument(call, function, 1), argument(call, function, 2)];
-    let Some(mut ring) = ring::acquire(state, slot) else { return false };
-    let told = ring.push(record::BEGIN, function, &words);
+    let Some(ring) = ring::acquire(state, slot) else { return false };
+    let told = ring.push_event(record::BEGIN, function, words[0], &words);
     ring.release();
     told
 }
@@ -271,8 +271,8 @@ unsafe fn enter_exact(state: *mut State, slot: *mut Slot, call: *mut Call, funct
 
 #[inline(always)]
 unsafe fn free_exact(state: *mut State, slot: *mut Slot, function: u8, block: u64) {
-    if block != 0 && let Some(mut ring) = ring::acquire(state, slot) {
-        ring.push(record::FREE, function, &[block]);
+    if block != 0 && let Some(ring) = ring::acquire(state, slot) {
+        ring.push_event(record::FREE, function, block, &[block]);
         ring.release();
     }
 }
@@ -328,16 +328,16 @@ unsafe fn address(call: *mut Call, function: u8) -> u64 {
 unsafe fn tell(state: *mut State, slot: *mut Slot, call: *mut Call, action: Action) {
     let start = if (*state).exact == 0 { machine::ticks() } else { 0 };
     let function = (*(*call).descriptor).function as u8;
-    let Some(mut ring) = ring::acquire(state, slot) else {
+    let Some(ring) = ring::acquire(state, slot) else {
         not_told(state, call, function, action);
         return;
     };
     let address = address(call, function);
     // The stack of a failed call is nobody's; that of an unmap and of an unsampled block neither.
     let gives_out = address != 0 && function != f::MUNMAP && action != Action::EndsUnsampled;
-    let stack = if gives_out { stacks::current(state, &mut ring) } else { Some(0) };
+    let stack = if gives_out { stacks::current(state, &ring) } else { Some(0) };
     let told = match stack {
-        Some(stack) => write(state, call, &mut ring, function, action, address, stack),
+        Some(stack) => write(state, call, &ring, function, action, address, stack),
         None => false,
     };
     ring.release();
@@ -353,7 +353,7 @@ unsafe fn tell(state: *mut State, slot: *mut Slot, call: *mut Call, action: Acti
 unsafe fn write(
     state: *mut State,
     call: *mut Call,
-    ring: &mut Ring,
+    ring: &Ring,
     function: u8,
     action: Action,
     address: u64,
@@ -365,13 +365,14 @@ unsafe fn write(
     };
     match action {
         Action::None => true,
-        Action::Allocates => ring.push(record::ALLOC, function, &[address, asked, stack]),
+        Action::Allocates => ring.push_event(record::ALLOC, function, address, &[address, asked, stack]),
         Action::Samples if address == 0 => true,
         Action::Samples => {
             if !sample::track(state, address) {
                 return false;
             }
-            let told = ring.push(record::SAMPLE, function, &[address, asked, stack, (*call).interval]);
+            let words = [address, asked, stack, (*call).interval];
+            let told = ring.push_event(record::SAMPLE, function, address, &words);
             if !told {
                 sample::untrack(state, address);
             }
@@ -389,7 +390,7 @@ unsafe fn write(
             } else if !exact && action == Action::Ends && address != 0 && !sample::track(state, address) {
                 interval = NOT_SAMPLED;
             }
-            ring.push(record::END, function, &[(*call).result, stack, interval])
+            ring.push_event(record::END, function, (*call).result, &[(*call).result, stack, interval])
         }
     }
 }

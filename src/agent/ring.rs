@@ -2,16 +2,26 @@
 //!
 //! A ring has one writer at a time: its thread, or for the shared ring 0 whoever holds its lock. What is written
 //! exists from the store of `head` on; whatever becomes of the thread before, nothing half is left.
+//!
+//! Time is coarse and cheap: the controller's heartbeat, told when it moves. Where threads take turns (as the GIL makes them)
+//! each turn is told by the time stamp counter, so that what one did before another stays before it. Threads that
+//! record at once on several processors would pay for that at every event: after a few turns it waits for the next heartbeat.
 
-use crate::abi::{RING_CONTROLS_AT, RingControl, SharedControl, Slot, State, may, record, ring_data_at};
+use crate::abi::{
+    MAPPING_STRIPE, RingControl, SharedControl, Slot, State, Stripe, function, may, record, stripe,
+};
 use crate::machine;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, compiler_fence};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Tries for the lock of a shared ring.
 const LOCK_TRIES: u32 = 2_000;
 /// Waiting for room: looks before it starts to sleep, and how long it sleeps (ns).
 const LOOKS_BEFORE_SLEEP: u32 = 200;
 const SLEEP: u64 = 50_000;
+/// Turns told per heartbeat.
+const TURNS: u32 = 4;
+/// Records between two looks for a controller that has fallen silent (exact; a sample always looks).
+const LOOK_EVERY: u32 = 4096;
 
 /// A ring that the calling thread may write.
 pub struct Ring {
@@ -29,31 +39,25 @@ pub struct Ring {
 /// The agent is enabled; `slot` is the calling thread's.
 #[inline(always)]
 pub unsafe fn acquire(state: *mut State, slot: *mut Slot) -> Option<Ring> {
-    let rings = (*state).rings as *mut u8;
-    let index = (*slot).ring as usize;
-    let len = (*state).ring_len;
     let ring = Ring {
-        control: rings.add(RING_CONTROLS_AT).cast::<RingControl>().add(index),
-        data: rings.add(ring_data_at((*state).ring_count as usize, len as usize, index)),
-        len,
+        control: (*slot).control as *mut RingControl,
+        data: (*slot).data as *mut u8,
+        len: (*state).ring_len,
         state,
         slot,
     };
-    if index == 0 && !ring.lock() {
+    if (*slot).ring == 0 && !ring.lock() {
         ring.count_drop();
         return None;
     }
-    let told = &raw mut (*ring.control).tid;
-    if *told != (*slot).tid {
-        let mut ring = ring;
-        if !ring.push(record::THREAD, 0, &[u64::from((*slot).tid)]) {
-            ring.release();
-            return None;
-        }
-        *told = (*slot).tid;
-        return Some(ring);
+    let epoch = ring.heartbeat();
+    let in_turn = (&raw const (*state).last).read_volatile() == (*slot).number;
+    if epoch == (*slot).epoch && in_turn && (*ring.control).tid == (*slot).tid || ring.preface(epoch) {
+        Some(ring)
+    } else {
+        ring.release();
+        None
     }
-    Some(ring)
 }
 
 impl Ring {
@@ -62,24 +66,45 @@ impl Ring {
         self.data.add(self.len as usize).cast()
     }
 
-    unsafe fn holder(&self) -> u32 {
-        let slots = (&raw mut (*self.state).slots).cast::<Slot>();
-        self.slot.offset_from(slots) as u32 + 1
+    /// Tells whose records follow, and of when they are, as far as that has changed. False for want of room.
+    #[cold]
+    #[inline(never)]
+    unsafe fn preface(&self, epoch: u64) -> bool {
+        let (state, slot) = (self.state, self.slot);
+        if (*self.control).tid != (*slot).tid {
+            if !self.push(record::THREAD, 0, 0, &[u64::from((*slot).tid)]) {
+                return false;
+            }
+            (*self.control).tid = (*slot).tid;
+        }
+        let mut time = 0;
+        if epoch != (*slot).epoch {
+            (*slot).epoch = epoch;
+            (*slot).turns = 0;
+            time = epoch;
+        }
+        let last = &raw mut (*state).last;
+        if (*state).exact == 0 {
+            time = machine::ticks();
+            self.look(time);
+        } else if last.read_volatile() != (*slot).number && (*slot).turns < TURNS {
+            (*slot).turns += 1;
+            last.write_volatile((*slot).number);
+            time = machine::ticks();
+        }
+        time == 0 || self.push(record::TIME, 0, 0, &[time])
     }
 
     #[cold]
     unsafe fn lock(&self) -> bool {
         let lock = AtomicU32::from_ptr(&raw mut (*self.control).lock);
-        let me = self.holder();
+        let me = (*self.slot).number;
         let mut tries = 0;
         loop {
             match lock.compare_exchange(0, me, Ordering::Acquire, Ordering::Relaxed) {
                 Ok(_) => return true,
                 // Left behind when this thread was thrown out of the agent (longjmp from a signal handler).
-                Err(holder) if holder == me => {
-                    (*self.control).head &= !1;
-                    return true;
-                }
+                Err(holder) if holder == me => return true,
                 Err(_) => {}
             }
             tries += 1;
@@ -104,59 +129,110 @@ impl Ring {
         (*self.slot).dropped += 1;
     }
 
-    /// Appends a record of these words behind the first; false if it had to be dropped.
+    /// An event about `address`, with its number in the address's stripe; false if it had to be dropped.
     #[inline(always)]
-    pub unsafe fn push<const N: usize>(&mut self, kind: u8, function: u8, words: &[u64; N]) -> bool {
-        self.push_with(kind, function, words, core::ptr::null(), 0)
-    }
-
-    /// A piece of a code object's text.
-    pub unsafe fn push_code(&mut self, head: &[u64; 4], bytes: *const u8, len: usize) -> bool {
-        self.push_with(record::CODE, 0, head, bytes, len)
-    }
-
-    /// Appends a record of words and `len` bytes behind them.
-    #[inline(always)]
-    pub unsafe fn push_with<const N: usize>(
-        &mut self,
+    pub unsafe fn push_event<const N: usize>(
+        &self,
         kind: u8,
         function: u8,
+        address: u64,
         words: &[u64; N],
-        bytes: *const u8,
-        len: usize,
     ) -> bool {
-        let need = ((1 + N) * 8 + ((len + 7) & !7)) as u64;
-        let head = (*self.control).head & !1;
+        if (*self.state).exact == 0 || address == 0 || address == u64::MAX {
+            return self.push(kind, function, 0, words);
+        }
+        // The number is taken when there is room for certain: a drop leaves no gap.
+        let Some((head, to)) = self.room((1 + N) as u64 * 8) else { return false };
+        let stripes = (&raw mut (*self.state).stripes).cast::<Stripe>();
+        let mapping = matches!(function, function::MMAP | function::MUNMAP | function::MREMAP);
+        let which = if mapping { MAPPING_STRIPE } else { stripe(address) };
+        let number = AtomicU32::from_ptr(&raw mut (*stripes.add(which)).next).fetch_add(1, Ordering::Relaxed);
+        self.write(kind, function, number, words, to);
+        self.publish(head + (1 + N) as u64 * 8);
+        true
+    }
+
+    /// Appends a record of these words behind the first; false if it had to be dropped.
+    #[inline(always)]
+    unsafe fn push<const N: usize>(&self, kind: u8, function: u8, number: u32, words: &[u64; N]) -> bool {
+        let need = (1 + N) as u64 * 8;
+        let Some((head, to)) = self.room(need) else { return false };
+        self.write(kind, function, number, words, to);
+        self.publish(head + need);
+        true
+    }
+
+    /// A record of words and `len` bytes behind them: a piece of a code object's text, the frames of a stack.
+    #[cold]
+    #[inline(never)]
+    pub unsafe fn push_bytes(&self, kind: u8, words: &[u64; 4], count: usize, bytes: *const u8, len: usize) -> bool {
+        let need = ((1 + count) * 8 + ((len + 7) & !7)) as u64;
+        let Some((head, to)) = self.room(need) else { return false };
+        to.write(u64::from(kind));
+        let mut i = 0;
+        while i < count {
+            to.add(1 + i).write(*words.as_ptr().add(i));
+            i += 1;
+        }
+        copy(to.add(1 + count).cast(), bytes, len);
+        self.publish(head + need);
+        true
+    }
+
+    /// Room for a record: the position that publishes up to it, and where it goes.
+    #[inline(always)]
+    unsafe fn room(&self, need: u64) -> Option<(u64, *mut u64)> {
+        let head = (*self.control).head;
         let at = head & (self.len - 1);
-        // Records do not wrap: what is left at the end is padded.
-        let pad = if at + need > self.len { self.len - at } else { 0 };
-        if head + pad + need - (*self.slot).tail > self.len && !self.make_room(head + pad + need) {
+        if at + need > self.len {
+            return self.room_at_start(head, at, need);
+        }
+        if head + need - (*self.slot).tail > self.len && !self.make_room(head + need) {
             self.count_drop();
-            return false;
+            return None;
         }
-        let head_word = &raw mut (*self.control).head;
-        head_word.write_volatile(head | 1);
-        compiler_fence(Ordering::SeqCst);
-        let now = machine::ticks();
-        let first = now << 16 | u64::from(function) << 8;
-        if pad != 0 {
-            self.data.add(at as usize).cast::<u64>().write(first | u64::from(record::PAD));
+        Some((head, self.data.add(at as usize).cast()))
+    }
+
+    /// Records do not wrap: what is left at the end is padded.
+    #[cold]
+    #[inline(never)]
+    unsafe fn room_at_start(&self, head: u64, at: u64, need: u64) -> Option<(u64, *mut u64)> {
+        let start = head + (self.len - at);
+        if start + need - (*self.slot).tail > self.len && !self.make_room(start + need) {
+            self.count_drop();
+            return None;
         }
-        let to = self.data.add(if pad != 0 { 0 } else { at as usize }).cast::<u64>();
-        to.write(first | u64::from(kind));
+        self.data.add(at as usize).cast::<u64>().write(u64::from(record::PAD));
+        Some((start, self.data.cast()))
+    }
+
+    #[inline(always)]
+    unsafe fn write<const N: usize>(
+        &self,
+        kind: u8,
+        function: u8,
+        number: u32,
+        words: &[u64; N],
+        to: *mut u64,
+    ) {
+        to.write(u64::from(number) << 32 | u64::from(function) << 8 | u64::from(kind));
         let mut i = 0;
         while i < N {
             to.add(1 + i).write(*words.as_ptr().add(i));
             i += 1;
         }
-        if len != 0 {
-            copy(to.add(1 + N).cast(), bytes, len);
+    }
+
+    #[inline(always)]
+    unsafe fn publish(&self, head: u64) {
+        AtomicU64::from_ptr(&raw mut (*self.control).head).store(head, Ordering::Release);
+        let slot = self.slot;
+        if (*slot).until_look == 0 {
+            (*slot).until_look = LOOK_EVERY;
+            self.look(machine::ticks());
         }
-        AtomicU64::from_ptr(head_word).store(head + pad + need, Ordering::Release);
-        if now.wrapping_sub(self.heartbeat()) as i64 > (*self.state).dead_after as i64 {
-            self.switch_off();
-        }
-        true
+        (*slot).until_look -= 1;
     }
 
     unsafe fn heartbeat(&self) -> u64 {
@@ -164,17 +240,20 @@ impl Ring {
         (&raw const (*shared).heartbeat).read_volatile()
     }
 
-    /// The controller is dead: from now on every hook passes its calls on.
+    /// Switches the agent off when the controller is dead: from then on every hook passes its calls on.
     #[cold]
-    unsafe fn switch_off(&self) {
-        (&raw mut (*self.state).enabled).write_volatile(0);
+    #[inline(never)]
+    unsafe fn look(&self, now: u64) {
+        if now.wrapping_sub(self.heartbeat()) as i64 > (*self.state).dead_after as i64 {
+            (&raw mut (*self.state).enabled).write_volatile(0);
+        }
     }
 
     /// Reads the controller's position, and in exact mode waits for it to move, for a bounded time. Whether there is room up
     /// to `end`.
     #[cold]
     #[inline(never)]
-    unsafe fn make_room(&mut self, end: u64) -> bool {
+    unsafe fn make_room(&self, end: u64) -> bool {
         let tail = AtomicU64::from_ptr(&raw mut (*self.control).tail);
         let slot = self.slot;
         let before = (*slot).tail;
@@ -186,6 +265,7 @@ impl Ring {
         let state = self.state;
         let waited_in_vain = (*slot).gave_up != 0 && before == (*slot).tail;
         if (*state).exact == 0 || waited_in_vain {
+            self.look(machine::ticks());
             return false;
         }
         let start = machine::ticks();
@@ -197,10 +277,8 @@ impl Ring {
                 return true;
             }
             let now = machine::ticks();
+            self.look(now);
             let silence = now.wrapping_sub(self.heartbeat()) as i64;
-            if silence > (*state).dead_after as i64 {
-                self.switch_off();
-            }
             let enabled = (&raw const (*state).enabled).read_volatile();
             if now - start > (*state).max_wait || silence > (*state).patience as i64 || enabled == 0 {
                 (*slot).gave_up = 1;

@@ -3,14 +3,21 @@
 //!
 //! Knows functions and calling conventions. Knows nothing of Python stacks, captures or reports.
 
+pub mod agent_image;
 pub mod calls;
+pub mod detour;
 pub mod error;
 pub mod function;
 mod handler;
+pub mod hooks;
 pub mod install;
+pub mod jump;
 pub mod lift;
+pub mod load;
+pub mod near;
 pub mod place;
 pub mod plan;
 pub mod references;
 pub mod region;
+pub mod signal_frames;
 pub mod stale;
