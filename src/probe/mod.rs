@@ -4,9 +4,11 @@
 //! Knows functions and calling conventions. Knows nothing of Python stacks, captures or reports.
 
 pub mod calls;
+pub mod detour;
 pub mod error;
 pub mod function;
 mod handler;
+pub mod head;
 pub mod install;
 pub mod lift;
 pub mod place;
