@@ -41,6 +41,18 @@ pub enum ProbeError {
         /// Why not.
         why: String,
     },
+    /// A function can't take a jump.
+    #[error("{function} at {addr} of {module} can't be diverted: {obstacle}")]
+    NoDetour {
+        /// Which function.
+        function: &'static str,
+        /// Its address.
+        addr: RemoteAddr,
+        /// The file it is from.
+        module: String,
+        /// What is in the way.
+        obstacle: super::detour::Obstacle,
+    },
     /// There is no room for the thunks near a module.
     #[error("no free address range within 2 GiB of {addr} for the thunks of {module}")]
     NoRoom {

@@ -10,6 +10,7 @@ pub mod error;
 pub mod function;
 mod handler;
 pub mod hooks;
+pub mod head;
 pub mod install;
 pub mod jump;
 pub mod lift;
