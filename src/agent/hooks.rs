@@ -48,6 +48,30 @@ enum Action {
     EndsUnsampled,
 }
 
+/// The calling thread's slot, marked as in the agent, for a call whose stack pointer is `rsp`; null where it has to be passed on.
+/// [`idle`] must follow.
+#[inline(always)]
+pub unsafe fn begin_call(state: *mut State, rsp: u64, mapping: bool) -> *mut Slot {
+    let slot = slot::find(state, mapping);
+    if slot.is_null() {
+        AtomicU64::from_ptr(&raw mut (*state).without_slot).fetch_add(1, Ordering::Relaxed);
+        return slot;
+    }
+    let tid = (((*slot).key + (*state).tid_offset) as *const u32).read_volatile();
+    if tid != (*slot).tid {
+        // A new thread, in the place of one that ended.
+        (*slot).tid = tid;
+        (*slot).depth = 0;
+        (*slot).in_agent = 0;
+    }
+    if (*slot).in_agent != 0 && !thrown_out(state, slot, rsp) {
+        AtomicU64::from_ptr(&raw mut (*state).in_agent).fetch_add(1, Ordering::Relaxed);
+        return core::ptr::null_mut();
+    }
+    busy(slot, rsp);
+    slot
+}
+
 /// At the entry. 0: the call is passed on by a jump. 1: it is run from here, and [`leave`] called.
 pub unsafe extern "C" fn enter(call: *mut Call) -> u64 {
     let descriptor = (*call).descriptor;
@@ -57,24 +81,11 @@ pub unsafe extern "C" fn enter(call: *mut Call) -> u64 {
     }
     let function = (*descriptor).function as u8;
     let mapping = matches!(function, f::MMAP | f::MUNMAP | f::MREMAP);
-    let slot = slot::find(state, mapping);
-    if slot.is_null() {
-        AtomicU64::from_ptr(&raw mut (*state).without_slot).fetch_add(1, Ordering::Relaxed);
-        return 0;
-    }
     let rsp = call as u64;
-    let tid = ((machine::thread_pointer() + (*state).tid_offset) as *const u32).read_volatile();
-    if tid != (*slot).tid {
-        // A new thread, in the place of one that ended.
-        (*slot).tid = tid;
-        (*slot).depth = 0;
-        (*slot).in_agent = 0;
-    }
-    if (*slot).in_agent != 0 && !thrown_out(state, slot, rsp) {
-        AtomicU64::from_ptr(&raw mut (*state).in_agent).fetch_add(1, Ordering::Relaxed);
+    let slot = begin_call(state, rsp, mapping);
+    if slot.is_null() {
         return 0;
     }
-    busy(slot, rsp);
     let wrap = if is_inside(state, slot, rsp) {
         nested(state, slot, call, function);
         false
@@ -115,14 +126,14 @@ pub unsafe extern "C" fn leave(call: *mut Call) {
 }
 
 #[inline(always)]
-unsafe fn busy(slot: *mut Slot, rsp: u64) {
+pub unsafe fn busy(slot: *mut Slot, rsp: u64) {
     (*slot).agent_rsp = rsp;
     (&raw mut (*slot).in_agent).write_volatile(1);
     compiler_fence(Ordering::SeqCst);
 }
 
 #[inline(always)]
-unsafe fn idle(slot: *mut Slot) {
+pub unsafe fn idle(slot: *mut Slot) {
     compiler_fence(Ordering::SeqCst);
     (&raw mut (*slot).in_agent).write_volatile(0);
 }
@@ -131,6 +142,7 @@ unsafe fn idle(slot: *mut Slot) {
 /// agent by a longjmp out of such a handler (true). A stack pointer above the agent's says the latter, unless the handler has
 /// a stack of its own.
 #[cold]
+#[inline(never)]
 unsafe fn thrown_out(state: *mut State, slot: *mut Slot, rsp: u64) -> bool {
     rsp > (*slot).agent_rsp
         && (*state).flags & may::MAKE_CALLS != 0
@@ -139,12 +151,13 @@ unsafe fn thrown_out(state: *mut State, slot: *mut Slot, rsp: u64) -> bool {
 
 /// Whether the entry at `rsp` is made from within a call under way.
 #[inline(always)]
-unsafe fn is_inside(state: *mut State, slot: *mut Slot, rsp: u64) -> bool {
+pub unsafe fn is_inside(state: *mut State, slot: *mut Slot, rsp: u64) -> bool {
     (*slot).depth != 0 && (rsp < (*slot).depth_rsp || !was_left(state, slot))
 }
 
 /// The entry is above the call under way: that was left without a return, unless a signal handler runs on a stack of its own.
 #[cold]
+#[inline(never)]
 unsafe fn was_left(state: *mut State, slot: *mut Slot) -> bool {
     if (*state).flags & may::MAKE_CALLS != 0 && machine::on_alternate_stack() {
         return false;
@@ -335,9 +348,9 @@ unsafe fn tell(state: *mut State, slot: *mut Slot, call: *mut Call, action: Acti
     let address = address(call, function);
     // The stack of a failed call is nobody's; that of an unmap and of an unsampled block neither.
     let gives_out = address != 0 && function != f::MUNMAP && action != Action::EndsUnsampled;
-    let stack = if gives_out { stacks::current(state, &ring) } else { Some(0) };
+    let stack = if gives_out { stacks::current(state, ring) } else { Some(0) };
     let told = match stack {
-        Some(stack) => write(state, call, &ring, function, action, address, stack),
+        Some(stack) => write(state, call, ring, function, action, address, stack),
         None => false,
     };
     ring.release();
@@ -353,7 +366,7 @@ unsafe fn tell(state: *mut State, slot: *mut Slot, call: *mut Call, action: Acti
 unsafe fn write(
     state: *mut State,
     call: *mut Call,
-    ring: &Ring,
+    ring: Ring,
     function: u8,
     action: Action,
     address: u64,

@@ -23,11 +23,9 @@ const TURNS: u32 = 4;
 /// Records between two looks for a controller that has fallen silent (exact; a sample always looks).
 const LOOK_EVERY: u32 = 4096;
 
-/// A ring that the calling thread may write.
+/// A ring that the calling thread may write: its slot's. Two words, to be passed in registers.
+#[derive(Clone, Copy)]
 pub struct Ring {
-    control: *mut RingControl,
-    data: *mut u8,
-    len: u64,
     state: *mut State,
     slot: *mut Slot,
 }
@@ -39,20 +37,14 @@ pub struct Ring {
 /// The agent is enabled; `slot` is the calling thread's.
 #[inline(always)]
 pub unsafe fn acquire(state: *mut State, slot: *mut Slot) -> Option<Ring> {
-    let ring = Ring {
-        control: (*slot).control as *mut RingControl,
-        data: (*slot).data as *mut u8,
-        len: (*state).ring_len,
-        state,
-        slot,
-    };
+    let ring = Ring { state, slot };
     if (*slot).ring == 0 && !ring.lock() {
         ring.count_drop();
         return None;
     }
     let epoch = ring.heartbeat();
     let in_turn = (&raw const (*state).last).read_volatile() == (*slot).number;
-    if epoch == (*slot).epoch && in_turn && (*ring.control).tid == (*slot).tid || ring.preface(epoch) {
+    if epoch == (*slot).epoch && in_turn && (*ring.control()).tid == (*slot).tid || ring.preface(epoch) {
         Some(ring)
     } else {
         ring.release();
@@ -61,21 +53,36 @@ pub unsafe fn acquire(state: *mut State, slot: *mut Slot) -> Option<Ring> {
 }
 
 impl Ring {
+    #[inline(always)]
+    unsafe fn control(self) -> *mut RingControl {
+        (*self.slot).control as *mut RingControl
+    }
+
+    #[inline(always)]
+    unsafe fn data(self) -> *mut u8 {
+        (*self.slot).data as *mut u8
+    }
+
+    #[inline(always)]
+    unsafe fn len(self) -> u64 {
+        (*self.state).ring_len
+    }
+
     /// Space for a stack's frames that only the ring's writer uses.
-    pub unsafe fn scratch(&self) -> *mut u64 {
-        self.data.add(self.len as usize).cast()
+    pub unsafe fn scratch(self) -> *mut u64 {
+        self.data().add(self.len() as usize).cast()
     }
 
     /// Tells whose records follow, and of when they are, as far as that has changed. False for want of room.
     #[cold]
     #[inline(never)]
-    unsafe fn preface(&self, epoch: u64) -> bool {
+    unsafe fn preface(self, epoch: u64) -> bool {
         let (state, slot) = (self.state, self.slot);
-        if (*self.control).tid != (*slot).tid {
+        if (*self.control()).tid != (*slot).tid {
             if !self.push(record::THREAD, 0, 0, &[u64::from((*slot).tid)]) {
                 return false;
             }
-            (*self.control).tid = (*slot).tid;
+            (*self.control()).tid = (*slot).tid;
         }
         let mut time = 0;
         if epoch != (*slot).epoch {
@@ -96,8 +103,8 @@ impl Ring {
     }
 
     #[cold]
-    unsafe fn lock(&self) -> bool {
-        let lock = AtomicU32::from_ptr(&raw mut (*self.control).lock);
+    unsafe fn lock(self) -> bool {
+        let lock = AtomicU32::from_ptr(&raw mut (*self.control()).lock);
         let me = (*self.slot).number;
         let mut tries = 0;
         loop {
@@ -117,22 +124,22 @@ impl Ring {
 
     /// Gives a shared ring back.
     #[inline(always)]
-    pub unsafe fn release(&self) {
+    pub unsafe fn release(self) {
         if (*self.slot).ring == 0 {
-            AtomicU32::from_ptr(&raw mut (*self.control).lock).store(0, Ordering::Release);
+            AtomicU32::from_ptr(&raw mut (*self.control()).lock).store(0, Ordering::Release);
         }
     }
 
     #[cold]
-    unsafe fn count_drop(&self) {
-        AtomicU64::from_ptr(&raw mut (*self.control).dropped).fetch_add(1, Ordering::Relaxed);
+    unsafe fn count_drop(self) {
+        AtomicU64::from_ptr(&raw mut (*self.control()).dropped).fetch_add(1, Ordering::Relaxed);
         (*self.slot).dropped += 1;
     }
 
     /// An event about `address`, with its number in the address's stripe; false if it had to be dropped.
     #[inline(always)]
     pub unsafe fn push_event<const N: usize>(
-        &self,
+        self,
         kind: u8,
         function: u8,
         address: u64,
@@ -142,32 +149,41 @@ impl Ring {
             return self.push(kind, function, 0, words);
         }
         // The number is taken when there is room for certain: a drop leaves no gap.
-        let Some((head, to)) = self.room((1 + N) as u64 * 8) else { return false };
+        let to = self.room((1 + N) as u64 * 8);
+        if to.is_null() {
+            return false;
+        }
         let stripes = (&raw mut (*self.state).stripes).cast::<Stripe>();
         let mapping = matches!(function, function::MMAP | function::MUNMAP | function::MREMAP);
         let which = if mapping { MAPPING_STRIPE } else { stripe(address) };
         let number = AtomicU32::from_ptr(&raw mut (*stripes.add(which)).next).fetch_add(1, Ordering::Relaxed);
         self.write(kind, function, number, words, to);
-        self.publish(head + (1 + N) as u64 * 8);
+        self.publish((1 + N) as u64 * 8);
         true
     }
 
     /// Appends a record of these words behind the first; false if it had to be dropped.
     #[inline(always)]
-    unsafe fn push<const N: usize>(&self, kind: u8, function: u8, number: u32, words: &[u64; N]) -> bool {
+    unsafe fn push<const N: usize>(self, kind: u8, function: u8, number: u32, words: &[u64; N]) -> bool {
         let need = (1 + N) as u64 * 8;
-        let Some((head, to)) = self.room(need) else { return false };
+        let to = self.room(need);
+        if to.is_null() {
+            return false;
+        }
         self.write(kind, function, number, words, to);
-        self.publish(head + need);
+        self.publish(need);
         true
     }
 
     /// A record of words and `len` bytes behind them: a piece of a code object's text, the frames of a stack.
     #[cold]
     #[inline(never)]
-    pub unsafe fn push_bytes(&self, kind: u8, words: &[u64; 4], count: usize, bytes: *const u8, len: usize) -> bool {
+    pub unsafe fn push_bytes(self, kind: u8, words: &[u64; 4], count: usize, bytes: *const u8, len: usize) -> bool {
         let need = ((1 + count) * 8 + ((len + 7) & !7)) as u64;
-        let Some((head, to)) = self.room(need) else { return false };
+        let to = self.room(need);
+        if to.is_null() {
+            return false;
+        }
         to.write(u64::from(kind));
         let mut i = 0;
         while i < count {
@@ -175,41 +191,46 @@ impl Ring {
             i += 1;
         }
         copy(to.add(1 + count).cast(), bytes, len);
-        self.publish(head + need);
+        self.publish(need);
         true
     }
 
-    /// Room for a record: the position that publishes up to it, and where it goes.
+    /// Where a record of `need` bytes goes; null where there is no room.
     #[inline(always)]
-    unsafe fn room(&self, need: u64) -> Option<(u64, *mut u64)> {
-        let head = (*self.control).head;
-        let at = head & (self.len - 1);
-        if at + need > self.len {
-            return self.room_at_start(head, at, need);
+    unsafe fn room(self, need: u64) -> *mut u64 {
+        let head = (*self.control()).head;
+        let at = head & (self.len() - 1);
+        // What exceeds the room or the end of the data: both by one look that is nearly always in vain.
+        if at + need > self.len() || head + need - (*self.slot).tail > self.len() {
+            return self.room_made(need);
         }
-        if head + need - (*self.slot).tail > self.len && !self.make_room(head + need) {
-            self.count_drop();
-            return None;
-        }
-        Some((head, self.data.add(at as usize).cast()))
+        self.data().add(at as usize).cast()
     }
 
-    /// Records do not wrap: what is left at the end is padded.
+    /// Records do not wrap: what is left at the end is padded. And a full ring is waited for.
     #[cold]
     #[inline(never)]
-    unsafe fn room_at_start(&self, head: u64, at: u64, need: u64) -> Option<(u64, *mut u64)> {
-        let start = head + (self.len - at);
-        if start + need - (*self.slot).tail > self.len && !self.make_room(start + need) {
+    unsafe fn room_made(self, need: u64) -> *mut u64 {
+        let head = (*self.control()).head;
+        let at = head & (self.len() - 1);
+        let pad = if at + need > self.len() { self.len() - at } else { 0 };
+        let end = head + pad + need;
+        if end - (*self.slot).tail > self.len() && !self.make_room(end) {
             self.count_drop();
-            return None;
+            return core::ptr::null_mut();
         }
-        self.data.add(at as usize).cast::<u64>().write(u64::from(record::PAD));
-        Some((start, self.data.cast()))
+        if pad != 0 {
+            self.data().add(at as usize).cast::<u64>().write(u64::from(record::PAD));
+            // A padding alone is a record like any other.
+            AtomicU64::from_ptr(&raw mut (*self.control()).head).store(head + pad, Ordering::Release);
+            return self.data().cast();
+        }
+        self.data().add(at as usize).cast()
     }
 
     #[inline(always)]
     unsafe fn write<const N: usize>(
-        &self,
+        self,
         kind: u8,
         function: u8,
         number: u32,
@@ -225,8 +246,9 @@ impl Ring {
     }
 
     #[inline(always)]
-    unsafe fn publish(&self, head: u64) {
-        AtomicU64::from_ptr(&raw mut (*self.control).head).store(head, Ordering::Release);
+    unsafe fn publish(self, len: u64) {
+        let head = &raw mut (*self.control()).head;
+        AtomicU64::from_ptr(head).store(*head + len, Ordering::Release);
         let slot = self.slot;
         if (*slot).until_look == 0 {
             (*slot).until_look = LOOK_EVERY;
@@ -235,7 +257,7 @@ impl Ring {
         (*slot).until_look -= 1;
     }
 
-    unsafe fn heartbeat(&self) -> u64 {
+    unsafe fn heartbeat(self) -> u64 {
         let shared = (*self.state).rings as *const SharedControl;
         (&raw const (*shared).heartbeat).read_volatile()
     }
@@ -243,7 +265,7 @@ impl Ring {
     /// Switches the agent off when the controller is dead: from then on every hook passes its calls on.
     #[cold]
     #[inline(never)]
-    unsafe fn look(&self, now: u64) {
+    unsafe fn look(self, now: u64) {
         if now.wrapping_sub(self.heartbeat()) as i64 > (*self.state).dead_after as i64 {
             (&raw mut (*self.state).enabled).write_volatile(0);
         }
@@ -253,12 +275,12 @@ impl Ring {
     /// to `end`.
     #[cold]
     #[inline(never)]
-    unsafe fn make_room(&self, end: u64) -> bool {
-        let tail = AtomicU64::from_ptr(&raw mut (*self.control).tail);
+    unsafe fn make_room(self, end: u64) -> bool {
+        let tail = AtomicU64::from_ptr(&raw mut (*self.control()).tail);
         let slot = self.slot;
         let before = (*slot).tail;
         (*slot).tail = tail.load(Ordering::Acquire);
-        if end - (*slot).tail <= self.len {
+        if end - (*slot).tail <= self.len() {
             (*slot).gave_up = 0;
             return true;
         }
@@ -272,7 +294,7 @@ impl Ring {
         let mut looks = 0_u32;
         loop {
             (*slot).tail = tail.load(Ordering::Acquire);
-            if end - (*slot).tail <= self.len {
+            if end - (*slot).tail <= self.len() {
                 (*slot).gave_up = 0;
                 return true;
             }

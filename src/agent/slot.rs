@@ -12,13 +12,21 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 /// # Safety
 /// `state` is the agent's state; `mapping` says that the hooked function is of the mmap family, which threads without a
 /// control block may call, too.
+#[inline(always)]
 pub unsafe fn find(state: *mut State, mapping: bool) -> *mut Slot {
     let pointer = if mapping { checked_thread_pointer(state) } else { machine::thread_pointer() };
+    let home = (pointer.wrapping_mul(SLOT_HASH) >> (64 - SLOTS_LOG2)) as usize;
+    let slot = (&raw mut (*state).slots).cast::<Slot>().add(home);
+    if (*slot).key == pointer && pointer != 0 { slot } else { find_or_make(state, pointer, home) }
+}
+
+#[cold]
+#[inline(never)]
+unsafe fn find_or_make(state: *mut State, pointer: u64, home: usize) -> *mut Slot {
     if pointer == 0 {
         return core::ptr::null_mut();
     }
     let slots = (&raw mut (*state).slots).cast::<Slot>();
-    let home = (pointer.wrapping_mul(SLOT_HASH) >> (64 - SLOTS_LOG2)) as usize;
     let mut i = 0;
     while i < SLOT_PROBES {
         let slot = slots.add((home + i) & (SLOTS - 1));

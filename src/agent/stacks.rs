@@ -11,7 +11,7 @@ const GENERATION_SHIFT: u32 = 32;
 ///
 /// # Safety
 /// The thread has a control block; the ring is its to write.
-pub unsafe fn current(state: *mut State, ring: &Ring) -> Option<u64> {
+pub unsafe fn current(state: *mut State, ring: Ring) -> Option<u64> {
     let tstate = python::thread_state(&(*state).python, machine::thread_pointer());
     if tstate == 0 {
         return Some(0);
@@ -34,7 +34,7 @@ pub unsafe fn current(state: *mut State, ring: &Ring) -> Option<u64> {
 
 #[cold]
 #[inline(never)]
-unsafe fn tell(state: *mut State, tstate: u64, hash: u64, ring: &Ring) -> bool {
+unsafe fn tell(state: *mut State, tstate: u64, hash: u64, ring: Ring) -> bool {
     let frames = ring.scratch();
     let (count, cut) = python::frames(state, tstate, frames, MAX_DEPTH);
     let mut i = 0;

@@ -12,6 +12,10 @@ const FILE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/agent.so"));
 pub enum Entry {
     /// Any function.
     Any,
+    /// malloc, every one.
+    MallocExact,
+    /// free, every one.
+    FreeExact,
     /// malloc, sampled.
     MallocSampled,
     /// free, sampled.
@@ -28,6 +32,8 @@ impl Entry {
     fn symbol(self) -> &'static str {
         match self {
             Self::Any => "heaptap_any",
+            Self::MallocExact => "heaptap_malloc_exact",
+            Self::FreeExact => "heaptap_free_exact",
             Self::MallocSampled => "heaptap_malloc_sampled",
             Self::FreeSampled => "heaptap_free_sampled",
             Self::TableMallocSampled => "heaptap_table_malloc_sampled",
@@ -87,6 +93,8 @@ mod tests {
         let image = AgentImage::new().unwrap();
         for entry in [
             Entry::Any,
+            Entry::MallocExact,
+            Entry::FreeExact,
             Entry::MallocSampled,
             Entry::FreeSampled,
             Entry::TableMallocSampled,

@@ -296,6 +296,8 @@ fn entry_of(which: u8, exact: bool) -> Entry {
     let python = |n: u8| which.checked_sub(function::PYTHON).filter(|i| *i < 12 && i & 3 == n);
     match which {
         function::CODE_DEALLOC => Entry::CodeDealloc,
+        function::MALLOC if exact => Entry::MallocExact,
+        function::FREE if exact => Entry::FreeExact,
         _ if exact => Entry::Any,
         function::MALLOC => Entry::MallocSampled,
         function::FREE => Entry::FreeSampled,
