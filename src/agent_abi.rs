@@ -322,6 +322,8 @@ pub struct PythonFacts {
     pub c: u64,
     /// Address of the word that names the thread state that finalizes the runtime.
     pub finalizing: u64,
+    /// Address of `PyCode_Type`; 0 where it is not known.
+    pub code_type: u64,
     /// Of `PyThreadState`: the thread pointer of its thread.
     pub thread_id: u32,
     /// Of `PyThreadState`: first frame, or the `_PyCFrame`.
@@ -342,6 +344,8 @@ pub struct PythonFacts {
     pub shim_owner: u32,
     /// Bits that are masked off a frame's pointer to its code.
     pub code_mask: u32,
+    /// Of any object: its type.
+    pub ob_type: u32,
     /// Of a code object: its bytecode.
     pub bytecode: u32,
     /// Of a code object: the array of copies of it (free-threaded).
