@@ -362,6 +362,8 @@ pub struct PythonFacts {
     pub c: u64,
     /// Address of the word that names the thread state that finalizes the runtime.
     pub finalizing: u64,
+    /// Address of `PyCode_Type`; 0 where it is not known.
+    pub code_type: u64,
     /// Of `PyThreadState`: the thread pointer of its thread.
     pub thread_id: u32,
     /// Of `PyThreadState`: first frame, or the `_PyCFrame`.
@@ -382,6 +384,8 @@ pub struct PythonFacts {
     pub shim_owner: u32,
     /// Bits that are masked off a frame's pointer to its code.
     pub code_mask: u32,
+    /// Of any object: its type.
+    pub ob_type: u32,
     /// Of a code object: its bytecode.
     pub bytecode: u32,
     /// Of a code object: the array of copies of it (free-threaded).
@@ -431,6 +435,7 @@ impl PythonFacts {
         put(core::mem::offset_of!(Self, b), &self.b.to_le_bytes());
         put(core::mem::offset_of!(Self, c), &self.c.to_le_bytes());
         put(core::mem::offset_of!(Self, finalizing), &self.finalizing.to_le_bytes());
+        put(core::mem::offset_of!(Self, code_type), &self.code_type.to_le_bytes());
         put(core::mem::offset_of!(Self, thread_id), &self.thread_id.to_le_bytes());
         put(core::mem::offset_of!(Self, first_frame), &self.first_frame.to_le_bytes());
         put(core::mem::offset_of!(Self, cframe_frame), &self.cframe_frame.to_le_bytes());
@@ -441,6 +446,7 @@ impl PythonFacts {
         put(core::mem::offset_of!(Self, owner), &self.owner.to_le_bytes());
         put(core::mem::offset_of!(Self, shim_owner), &self.shim_owner.to_le_bytes());
         put(core::mem::offset_of!(Self, code_mask), &self.code_mask.to_le_bytes());
+        put(core::mem::offset_of!(Self, ob_type), &self.ob_type.to_le_bytes());
         put(core::mem::offset_of!(Self, bytecode), &self.bytecode.to_le_bytes());
         put(core::mem::offset_of!(Self, co_tlbc), &self.co_tlbc.to_le_bytes());
         put(core::mem::offset_of!(Self, tlbc_index), &self.tlbc_index.to_le_bytes());

@@ -187,7 +187,8 @@ impl Ring {
         to.write(u64::from(kind));
         let mut i = 0;
         while i < count {
-            to.add(1 + i).write(*words.as_ptr().add(i));
+            // Volatile, lest the loop becomes a call of memcpy.
+            to.add(1 + i).write_volatile(*words.as_ptr().add(i));
             i += 1;
         }
         copy(to.add(1 + count).cast(), bytes, len);
@@ -240,7 +241,8 @@ impl Ring {
         to.write(u64::from(number) << 32 | u64::from(function) << 8 | u64::from(kind));
         let mut i = 0;
         while i < N {
-            to.add(1 + i).write(*words.as_ptr().add(i));
+            // Volatile, lest the loop becomes a call of memcpy.
+            to.add(1 + i).write_volatile(*words.as_ptr().add(i));
             i += 1;
         }
     }

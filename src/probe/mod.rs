@@ -1,9 +1,11 @@
 //! Probes: which allocator entry points ([`plan`]), the thunks that stand behind them ([`region`]), planting
-//! ([`install`]) and lifting them ([`lift`], [`stale`]), and what a hit means ([`calls`]).
+//! ([`install`]) and lifting them ([`lift`], [`stale`]), and what a hit means ([`calls`]);
+//! what the in-target agent is told of the process's CPython ([`agent_facts`]).
 //!
 //! Knows functions and calling conventions. Knows nothing of Python stacks, captures or reports.
 
 pub mod agent_image;
+pub mod agent_facts;
 pub mod calls;
 pub mod detour;
 pub mod error;
