@@ -1,5 +1,6 @@
 //! Probes: which allocator entry points ([`plan`]), the thunks that stand behind them ([`region`]), planting
-//! ([`install`]) and lifting them ([`lift`], [`stale`]), and what a hit means ([`calls`]).
+//! ([`install`]) and lifting them ([`lift`], [`stale`]), what a hit means ([`calls`]), and the
+//! controller's end of the agent's rings ([`ring`]).
 //!
 //! Knows functions and calling conventions. Knows nothing of Python stacks, captures or reports.
 
@@ -13,4 +14,6 @@ pub mod place;
 pub mod plan;
 pub mod references;
 pub mod region;
+pub mod ring;
+pub mod ring_record;
 pub mod stale;

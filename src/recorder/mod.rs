@@ -8,6 +8,7 @@ pub mod given_back;
 pub mod header;
 pub mod ledger;
 pub mod look;
+pub mod merge;
 pub mod record;
 pub mod source;
 pub mod thread_names;
