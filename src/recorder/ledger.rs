@@ -186,7 +186,8 @@ impl Ledger {
         self.let_go_of_overlapped(address, size)?;
         self.given_back.allocated(address);
         let stack = self.intern(stack)?;
-        let event = Allocation { allocator: kind(function), tid: tid as u32, address, size, stack };
+        let allocator = kind(function);
+        let event = Allocation { allocator, tid: tid as u32, address, size, stack, interval: 0 };
         if let Displaced::Block(_) = self.live.allocate(&event, self.now_ns) {
             self.tally.missed_frees += 1;
         }
