@@ -7,6 +7,7 @@ pub mod examine;
 pub mod given_back;
 pub mod header;
 pub mod ledger;
+pub mod locations;
 pub mod look;
 pub mod merge;
 pub mod record;
