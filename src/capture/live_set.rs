@@ -126,6 +126,16 @@ impl LiveSet {
         self.blocks.get(&halves(address.0)).map(|packed| self.unpack(*packed))
     }
 
+    /// Whether a block is live at `address`.
+    pub fn is_live(&self, address: RemoteAddr) -> bool {
+        self.blocks.contains_key(&halves(address.0))
+    }
+
+    /// Whether any of a range is mapped.
+    pub fn is_mapped(&self, address: RemoteAddr, len: u64) -> bool {
+        self.mappings.any(address.0, len)
+    }
+
     /// Bytes in blocks and mappings.
     pub fn live_bytes(&self) -> u64 {
         self.block_bytes.saturating_add(self.mappings.bytes())

@@ -7,6 +7,7 @@
 pub mod allocators;
 pub mod binary;
 pub mod code;
+pub mod code_text;
 mod disasm;
 pub mod frame;
 pub mod layout;
