@@ -260,3 +260,130 @@ fn relocate(instruction: &Instruction, bytes: &[u8], here: RemoteAddr) -> Result
     encoder.encode(&instruction, here.0)?;
     Ok(encoder.take_buffer())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::probe::function::Function;
+
+    const AT: RemoteAddr = RemoteAddr(0x7f00_0000_1000);
+
+    fn entry(code: &[u8], size: u64) -> EntryPoint {
+        let read = |at: RemoteAddr, len: usize| {
+            let from = at.since(AT) as usize;
+            code.get(from..from.checked_add(len)?).map(<[u8]>::to_vec)
+        };
+        EntryPoint {
+            function: Function::Free,
+            names: vec!["free"],
+            address: AT,
+            module: "libc.so.6".into(),
+            file_bytes: code.to_vec(),
+            head: Head::read(AT, size, None, &read),
+        }
+    }
+
+    /// A function of these bytes, whether its size is known or not.
+    fn plan(code: &[u8]) -> Result<Detour, Obstacle> {
+        let obstacle = |result: Result<Detour, ProbeError>| match result {
+            Ok(detour) => Ok(detour),
+            Err(ProbeError::NoDetour { function: "free", addr: AT, obstacle, .. }) => Err(obstacle),
+            Err(other) => panic!("{other}"),
+        };
+        let known = obstacle(Detour::plan(&entry(code, code.len() as u64)));
+        let unknown = obstacle(Detour::plan(&entry(code, 0)));
+        assert_eq!(
+            known.clone().map(|d| (d.kept_len, d.covered_len)),
+            unknown.map(|d| (d.kept_len, d.covered_len))
+        );
+        known
+    }
+
+    fn place(code: &[u8]) -> Result<(usize, usize), Obstacle> {
+        plan(code).map(|d| (d.kept_len, d.covered_len))
+    }
+
+    #[test]
+    fn a_function_without_room_is_refused() {
+        assert_eq!(place(&[0x31, 0xc0, 0xc3]), Err(Obstacle::Ends(3)));
+        // A jump elsewhere in two bytes; a jump of five is all the room there has to be.
+        assert_eq!(place(&[0xeb, 0x10, 0x90, 0x90, 0x90, 0x90]), Err(Obstacle::Ends(2)));
+        assert_eq!(place(&[0xe9, 0, 1, 0, 0]), Ok((0, 5)));
+        // xor eax, eax; what follows is not of this function.
+        let cut = entry(&[0x31, 0xc0, 0x90, 0x90, 0x90, 0x90, 0x90], 2);
+        assert!(matches!(Detour::plan(&cut), Err(ProbeError::NoDetour { obstacle: Obstacle::Ends(2), .. })));
+    }
+
+    #[test]
+    fn what_cannot_be_moved_is_refused() {
+        // xor eax, eax; call …
+        assert_eq!(place(&[0x31, 0xc0, 0xe8, 0, 0, 0, 0, 0xc3]), Err(Obstacle::Calls(2)));
+        assert_eq!(place(&[0x31, 0xc0, 0xff, 0xd0, 0xc3]), Err(Obstacle::Calls(2)));
+        // Another's breakpoint, in the file.
+        assert_eq!(place(&[0xcc, 0x90, 0x90, 0x90, 0x90, 0xc3]), Err(Obstacle::Traps(0)));
+        assert_eq!(place(&[0x31, 0xc0, 0x0f, 0x0b, 0x90, 0xc3]), Err(Obstacle::Traps(2)));
+        // jrcxz has no long form.
+        assert_eq!(place(&[0xe3, 0x10, 0x90, 0x90, 0x90, 0xc3]), Err(Obstacle::NotMovable(0)));
+        // push es is none in 64-bit code.
+        assert_eq!(place(&[0x31, 0xc0, 0x06, 0x90, 0x90, 0xc3]), Err(Obstacle::NotCode(2)));
+    }
+
+    #[test]
+    fn a_system_call_is_no_call() {
+        // xor eax, eax; syscall; nop; ret
+        assert_eq!(place(&[0x31, 0xc0, 0x0f, 0x05, 0x90, 0xc3]), Ok((0, 5)));
+    }
+
+    #[test]
+    fn code_that_is_jumped_into_is_refused() {
+        // xor eax, eax; L: inc rdi; add rax, rdi; dec rsi; jne L; ret
+        let inside = [0x31, 0xc0, 0x48, 0xff, 0xc7, 0x48, 0x01, 0xf8, 0x48, 0xff, 0xce, 0x75, 0xf5, 0xc3];
+        assert_eq!(place(&inside), Err(Obstacle::JumpedInto(2)));
+        // test rdi, rdi; L: inc rdi (3); nop; nop; dec rsi; jne L: no call begins there, so not behind the test; nor at the entry.
+        let behind = [0x48, 0x85, 0xff, 0x48, 0xff, 0xc7, 0x90, 0x90, 0x48, 0xff, 0xce, 0x75, 0xf6, 0xc3];
+        assert_eq!(place(&behind), Err(Obstacle::JumpedInto(3)));
+        // endbr64; nop; L: …: behind the kept one the inside is jumped into, at the entry it is not.
+        let at_entry =
+            [0xf3, 0x0f, 0x1e, 0xfa, 0x90, 0x48, 0xff, 0xc7, 0x90, 0x48, 0xff, 0xce, 0x75, 0xf7, 0xc3];
+        assert_eq!(place(&at_entry), Ok((0, 5)));
+        // xor eax, eax; je entry: it would call itself from within the trampoline.
+        assert_eq!(place(&[0x31, 0xc0, 0x74, 0xfc, 0x90, 0xc3]), Err(Obstacle::JumpedInto(0)));
+    }
+
+    #[test]
+    fn a_part_of_the_function_elsewhere_may_jump_into_it() {
+        // xor eax, eax; inc rdi; inc rsi; test rdi, rdi; je cold; ret. cold, behind the symbol's end: jmp entry+5.
+        let mut code =
+            vec![0x31, 0xc0, 0x48, 0xff, 0xc7, 0x48, 0xff, 0xc6, 0x48, 0x85, 0xff, 0x74, 0x33, 0xc3];
+        let size = code.len() as u64;
+        code.resize(0x40, 0xcc);
+        code.extend([0x90, 0xeb, 0xc0]);
+        let cold = entry(&code, size);
+        assert_eq!(cold.head.targets.iter().copied().collect::<Vec<_>>(), [3]);
+        assert!(matches!(
+            Detour::plan(&cold),
+            Err(ProbeError::NoDetour { obstacle: Obstacle::JumpedInto(3), .. })
+        ));
+    }
+
+    #[test]
+    fn a_register_pushed_is_popped_and_the_stack_pointer_is_not() {
+        // push rbx; mov rbx, rdi; add rbx, rsi; pop rbx; ret
+        let pushed = plan(&[0x53, 0x48, 0x89, 0xfb, 0x48, 0x01, 0xf3, 0x5b, 0xc3]).unwrap();
+        assert_eq!((pushed.kept_len, pushed.covered_len, pushed.undo), (1, 6, Some(Undo::Pop)));
+        // push rsp; …
+        let pointer = plan(&[0x54, 0x48, 0x89, 0xfb, 0x48, 0x01, 0xf3, 0x5b, 0xc3]).unwrap();
+        assert_eq!((pointer.kept_len, pointer.undo), (0, None));
+    }
+
+    #[test]
+    fn a_thunk_out_of_reach_is_an_error() {
+        let detour = plan(&[0xe9, 0, 1, 0, 0]).unwrap();
+        let reach = |thunk: RemoteAddr| detour.patch(thunk);
+        assert_eq!(reach(AT.offset(5 + 0x7fff_ffff)).unwrap().planted[1..5], [0xff, 0xff, 0xff, 0x7f]);
+        assert!(matches!(reach(AT.offset(5 + 0x8000_0000)), Err(ProbeError::NotRelocatable { .. })));
+        assert_eq!(reach(AT.offset(5).back(0x8000_0000)).unwrap().planted[1..5], [0, 0, 0, 0x80]);
+        // What the function jumps to is 4 GiB away from the trampoline.
+        assert!(matches!(detour.trampoline(AT.offset(4 << 30)), Err(ProbeError::NotRelocatable { .. })));
+    }
+}
