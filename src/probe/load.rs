@@ -231,7 +231,7 @@ impl Loader<'_> {
 
     /// A memfd made in the target, opened here, mapped there, closed there; not inherited by children.
     fn map_rings(&mut self, name: RemoteAddr, len: u64) -> Result<(RemoteAddr, OwnedFd), ProbeError> {
-        let flags = u64::from(libc::MFD_CLOEXEC);
+        let flags = u64::from(libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
         let made = self.call("memfd_create", libc::SYS_memfd_create, &[name.0, flags | MFD_NOEXEC_SEAL]);
         let fd = match made {
             Err(TraceError::RemoteCall { errno: Errno::EINVAL, .. }) => {

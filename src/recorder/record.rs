@@ -4,9 +4,10 @@
 //! as it was found.
 
 use super::RecordError;
-use super::examine::{Examined, examine};
+use super::examine::{Examined, Kind, examine};
 use super::header::{PAGE_SIZE, executable, header, unix_ns};
 use super::ledger::{Ledger, Tally};
+use super::plant::JumpOptions;
 use super::source::{RecordSource, SourceEvent, enter};
 use super::thread_names::ThreadNames;
 use super::trap::{StackReader, TrapSource};
@@ -51,6 +52,8 @@ pub struct RecordOptions {
     pub python_allocators: bool,
     /// Plant traps even where the target uses SIGTRAP itself.
     pub unsafe_trap: bool,
+    /// How the jump kind records; `None` for the trap kind.
+    pub jump: Option<JumpOptions>,
 }
 
 /// What the caller is told while it goes on.
@@ -97,8 +100,9 @@ pub struct Summary {
 
 /// Records a process from outside, until something ends it.
 pub fn record(options: &RecordOptions, observer: &mut dyn Observer) -> Result<Summary, RecordError> {
-    let examined = examine(options.pid, options.python_allocators)?;
-    examined.check_recordable(options.unsafe_trap)?;
+    let kind = if options.jump.is_some() { Kind::Jump } else { Kind::Trap };
+    let examined = examine(options.pid, kind, options.python_allocators)?;
+    examined.check_recordable(kind, options.unsafe_trap)?;
     sys::install_stop_signals(TICK).map_err(TraceError::Wait)?;
     let mut output = Output::prepare(options, header(&examined, options.python_allocators))?;
     match attach(options, &examined, &mut output) {
