@@ -7,6 +7,7 @@
 use super::allocator::AllocatorKind;
 use super::mappings::{Mappings, Part};
 use super::record::{Allocation, StackId, Unmap};
+use super::weight::WeightedSum;
 use crate::addr::RemoteAddr;
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
@@ -22,7 +23,7 @@ pub struct Block {
     pub allocator: AllocatorKind,
     /// The thread that asked.
     pub tid: u32,
-    /// The sampling interval it was recorded with, as in [`Allocation`].
+    /// The sampling interval it was recorded with, as in [`Allocation`]; 0 for a mapping.
     pub interval: u64,
     /// When, in milliseconds since the start of recording (49 days, then the last of them).
     pub time_ms: u32,
@@ -63,7 +64,7 @@ pub struct LiveSet {
     origins: Vec<Origin>,
     origin_ids: HashMap<Origin, u32, RandomState>,
     page_size: u64,
-    block_bytes: u64,
+    sum: WeightedSum,
     peak_bytes: u64,
 }
 
@@ -76,7 +77,7 @@ impl LiveSet {
             origins: Vec::new(),
             origin_ids: HashMap::default(),
             page_size: page_size.max(1),
-            block_bytes: 0,
+            sum: WeightedSum::default(),
             peak_bytes: 0,
         }
     }
@@ -86,7 +87,7 @@ impl LiveSet {
         let time_ms = u32::try_from(time_ns / 1_000_000).unwrap_or(u32::MAX);
         let Allocation { allocator, tid, address, size, stack, interval } = *event;
         let displaced = if allocator.is_ranged() {
-            let block = Block { size, stack, allocator, tid, interval, time_ms };
+            let block = Block { size, stack, allocator, tid, interval: 0, time_ms };
             let parts = self.mappings.map(address.0, size, block);
             if parts.is_empty() { Displaced::Nothing } else { Displaced::Mappings(parts) }
         } else {
@@ -95,13 +96,13 @@ impl LiveSet {
             match self.blocks.insert(halves(address.0), packed).map(|old| self.unpack(old)) {
                 None => Displaced::Nothing,
                 Some(old) => {
-                    self.block_bytes = self.block_bytes.saturating_sub(old.size);
+                    self.sum.remove(old.size, old.interval);
                     Displaced::Block(old)
                 }
             }
         };
         if !allocator.is_ranged() {
-            self.block_bytes = self.block_bytes.saturating_add(size);
+            self.sum.add(size, interval);
         }
         self.peak_bytes = self.peak_bytes.max(self.live_bytes());
         displaced
@@ -111,7 +112,7 @@ impl LiveSet {
     pub fn free(&mut self, address: RemoteAddr) -> Option<Block> {
         let packed = self.blocks.remove(&halves(address.0))?;
         let block = self.unpack(packed);
-        self.block_bytes = self.block_bytes.saturating_sub(block.size);
+        self.sum.remove(block.size, block.interval);
         Some(block)
     }
 
@@ -136,14 +137,15 @@ impl LiveSet {
         self.mappings.any(address.0, len)
     }
 
-    /// Bytes in blocks and mappings.
+    /// Bytes in blocks and mappings; of samples, what they stand for.
     pub fn live_bytes(&self) -> u64 {
-        self.block_bytes.saturating_add(self.mappings.bytes())
+        self.sum.bytes().saturating_add(self.mappings.bytes())
     }
 
-    /// Blocks and mappings.
+    /// Blocks and mappings; of samples, what they stand for.
     pub fn live_blocks(&self) -> usize {
-        self.blocks.len() + self.mappings.count()
+        let blocks = usize::try_from(self.sum.count()).unwrap_or(usize::MAX);
+        blocks.saturating_add(self.mappings.count())
     }
 
     /// The most bytes that were live at once.
@@ -151,7 +153,7 @@ impl LiveSet {
         self.peak_bytes
     }
 
-    /// Every block and mapping with its live bytes, in no order.
+    /// Every recorded block and mapping with its own live bytes, in no order.
     pub fn iter(&self) -> impl Iterator<Item = (Block, u64)> + '_ {
         let blocks = self.blocks.values().map(|packed| {
             let block = self.unpack(*packed);

@@ -36,8 +36,8 @@ pub struct Allocation {
     pub size: u64,
     /// The Python stack that asked.
     pub stack: StackId,
-    /// 0: recorded for certain. Else the mean distance in bytes of the draw that sampled it: of such
-    /// allocations only this one, and others by chance, were recorded.
+    /// 0: recorded for certain, as mappings always are. Else the mean distance in bytes of the draw that
+    /// sampled it: it stands for others of its kind, see [`Weight`](super::Weight).
     pub interval: u64,
 }
 

@@ -44,6 +44,8 @@ pub fn header(examined: &Examined, python_allocators: bool) -> Header {
         breakpoints: BreakpointKind::Trap,
         python_allocators,
         sampling_mean_bytes: None,
+        sampling_seed: None,
+        max_cpu_percent: None,
         entry_points: entry_points(examined),
         modules: examined.modules.iter().map(module).collect(),
     }
