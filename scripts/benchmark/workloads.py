@@ -11,7 +11,7 @@ from .targets import Failed, Target
 WORKLOADS = {
     "json": ("json_documents.py", True, "loads and dumps of a nested document"),
     "bytes": ("bytes_ring.py", True, "objects of 600 to 5000 bytes in a ring of 4096"),
-    "numpy": ("numpy_temporaries.py", True, "array arithmetic with temporaries of 4 KB to 1.6 MB"),
+    "numpy": ("numpy_temporaries.py", True, "array arithmetic with temporaries of 1.6 KB to 1.6 MB"),
     "calls": ("calls.py", True, "recursive and method calls, next to no allocation"),
     "threads": ("threads.py", False, "8 threads: json, bytes and calls"),
     "deep": ("deep.py", True, "as bytes, at a stack depth of 200"),
