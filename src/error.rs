@@ -238,6 +238,7 @@ fn probe_hint(error: &ProbeError) -> Option<String> {
             Some("--unsafe-trap records all the same: the target dies should heaptap be killed meanwhile".into())
         }
         ProbeError::Seccomp { .. } => Some("run heaptap as root (CAP_SYS_ADMIN) to suspend the filter".into()),
+        ProbeError::NoDetour { .. } => Some("record it with --breakpoints trap, which is much slower".into()),
         ProbeError::ControllerAlive { controller, .. } => Some(format!("end it first: kill -INT {controller}")),
         _ => None,
     }

@@ -18,7 +18,8 @@ fn record() -> impl Strategy<Value = Record> {
                 tid,
                 address: RemoteAddr(address),
                 size,
-                stack: StackId(stack)
+                stack: StackId(stack),
+                interval: 0
             })
         ),
         2 => (1u32..3, 0u64..12).prop_map(|(tid, address)| Record::Free(Free {
@@ -118,7 +119,7 @@ proptest! {
             let mut replay = Replay::new(view, 4096);
             for &(address, size, kind) in &raw {
                 let (address, allocator) = (RemoteAddr(address), AllocatorKind::ALL[kind]);
-                replay.observe(&Record::Allocation(Allocation { allocator, tid: 1, address, size, stack: StackId(1) }));
+                replay.observe(&Record::Allocation(Allocation { allocator, tid: 1, address, size, stack: StackId(1), interval: 0 }));
                 replay.observe(&Record::Unmap(Unmap { tid: 1, address: address.offset(size / 2), len: size }));
             }
             replay.sites();
@@ -134,6 +135,7 @@ fn a_block_freed_before_the_end_is_at_the_peak_but_no_leak() {
         address: RemoteAddr(16),
         size: 100,
         stack: StackId(1),
+        interval: 0,
     };
     let free = Free { deallocator: AllocatorKind::Free, tid: 1, address: RemoteAddr(16) };
     for (view, expected) in [(View::HighWaterMark, 100), (View::Leaks, 0), (View::Temporary(0), 100)] {

@@ -137,6 +137,7 @@ mod tests {
                 address: RemoteAddr(0),
                 size,
                 stack: StackId::EMPTY,
+                interval: 0,
             });
         }
         statistics

@@ -22,6 +22,8 @@ pub struct Block {
     pub allocator: AllocatorKind,
     /// The thread that asked.
     pub tid: u32,
+    /// The sampling interval it was recorded with, as in [`Allocation`].
+    pub interval: u64,
     /// When, in milliseconds since the start of recording (49 days, then the last of them).
     pub time_ms: u32,
 }
@@ -47,6 +49,9 @@ struct Packed {
     time_ms: u32,
 }
 
+/// What many blocks have in common: function, thread, sampling interval.
+type Origin = (AllocatorKind, u32, u64);
+
 /// The address as two halves, for its alignment.
 type Key = [u32; 2];
 
@@ -54,9 +59,9 @@ type Key = [u32; 2];
 pub struct LiveSet {
     blocks: HashMap<Key, Packed, RandomState>,
     mappings: Mappings,
-    /// (allocator, tid) pairs: few, so blocks hold an index.
-    origins: Vec<(AllocatorKind, u32)>,
-    origin_ids: HashMap<(AllocatorKind, u32), u32, RandomState>,
+    /// Few, so blocks hold an index.
+    origins: Vec<Origin>,
+    origin_ids: HashMap<Origin, u32, RandomState>,
     page_size: u64,
     block_bytes: u64,
     peak_bytes: u64,
@@ -79,13 +84,14 @@ impl LiveSet {
     /// Adds a block, or a mapping if the allocator is ranged. `time_ns` is since the start.
     pub fn allocate(&mut self, event: &Allocation, time_ns: u64) -> Displaced {
         let time_ms = u32::try_from(time_ns / 1_000_000).unwrap_or(u32::MAX);
-        let Allocation { allocator, tid, address, size, stack } = *event;
+        let Allocation { allocator, tid, address, size, stack, interval } = *event;
         let displaced = if allocator.is_ranged() {
-            let block = Block { size, stack, allocator, tid, time_ms };
+            let block = Block { size, stack, allocator, tid, interval, time_ms };
             let parts = self.mappings.map(address.0, size, block);
             if parts.is_empty() { Displaced::Nothing } else { Displaced::Mappings(parts) }
         } else {
-            let packed = Packed { size: halves(size), stack, origin: self.origin(allocator, tid), time_ms };
+            let origin = self.origin((allocator, tid, interval));
+            let packed = Packed { size: halves(size), stack, origin, time_ms };
             match self.blocks.insert(halves(address.0), packed).map(|old| self.unpack(old)) {
                 None => Displaced::Nothing,
                 Some(old) => {
@@ -120,6 +126,16 @@ impl LiveSet {
         self.blocks.get(&halves(address.0)).map(|packed| self.unpack(*packed))
     }
 
+    /// Whether a block is live at `address`.
+    pub fn is_live(&self, address: RemoteAddr) -> bool {
+        self.blocks.contains_key(&halves(address.0))
+    }
+
+    /// Whether any of a range is mapped.
+    pub fn is_mapped(&self, address: RemoteAddr, len: u64) -> bool {
+        self.mappings.any(address.0, len)
+    }
+
     /// Bytes in blocks and mappings.
     pub fn live_bytes(&self) -> u64 {
         self.block_bytes.saturating_add(self.mappings.bytes())
@@ -144,19 +160,19 @@ impl LiveSet {
         blocks.chain(self.mappings.iter())
     }
 
-    fn origin(&mut self, allocator: AllocatorKind, tid: u32) -> u32 {
+    fn origin(&mut self, origin: Origin) -> u32 {
         let next = self.origins.len() as u32;
-        let id = *self.origin_ids.entry((allocator, tid)).or_insert(next);
+        let id = *self.origin_ids.entry(origin).or_insert(next);
         if id == next {
-            self.origins.push((allocator, tid));
+            self.origins.push(origin);
         }
         id
     }
 
     fn unpack(&self, packed: Packed) -> Block {
-        let (allocator, tid) = self.origins[packed.origin as usize];
+        let (allocator, tid, interval) = self.origins[packed.origin as usize];
         let size = u64::from(packed.size[0]) | u64::from(packed.size[1]) << 32;
-        Block { size, stack: packed.stack, allocator, tid, time_ms: packed.time_ms }
+        Block { size, stack: packed.stack, allocator, tid, interval, time_ms: packed.time_ms }
     }
 }
 

@@ -5,7 +5,14 @@ use proptest::prelude::*;
 use std::collections::BTreeMap;
 
 fn alloc(allocator: AllocatorKind, address: u64, size: u64, stack: u32) -> Allocation {
-    Allocation { allocator, tid: 1 + stack % 3, address: RemoteAddr(address), size, stack: StackId(stack) }
+    Allocation {
+        allocator,
+        tid: 1 + stack % 3,
+        address: RemoteAddr(address),
+        size,
+        stack: StackId(stack),
+        interval: 0,
+    }
 }
 
 fn unmap(address: u64, len: u64) -> Unmap {

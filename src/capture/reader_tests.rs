@@ -46,7 +46,14 @@ fn write(script: impl FnOnce(&mut CaptureWriter)) -> Vec<u8> {
 }
 
 fn malloc(tid: u32, address: u64, size: u64, stack: StackId) -> Allocation {
-    Allocation { allocator: AllocatorKind::Malloc, tid, address: RemoteAddr(address), size, stack }
+    Allocation {
+        allocator: AllocatorKind::Malloc,
+        tid,
+        address: RemoteAddr(address),
+        size,
+        stack,
+        interval: 0,
+    }
 }
 
 /// `chunks` chunks of ten allocations each, every one with a stack of its own.
@@ -82,7 +89,14 @@ fn any_event() -> impl Strategy<Value = Record> {
     prop_oneof![
         (kind(), tid(), address(), any::<u64>(), 0u32..4).prop_map(
             |(allocator, tid, address, size, stack)| {
-                Record::Allocation(Allocation { allocator, tid, address, size, stack: StackId(stack) })
+                Record::Allocation(Allocation {
+                    allocator,
+                    tid,
+                    address,
+                    size,
+                    stack: StackId(stack),
+                    interval: 0,
+                })
             }
         ),
         (kind(), tid(), address()).prop_map(|(deallocator, tid, address)| Record::Free(Free {

@@ -36,6 +36,9 @@ pub struct Allocation {
     pub size: u64,
     /// The Python stack that asked.
     pub stack: StackId,
+    /// 0: recorded for certain. Else the mean distance in bytes of the draw that sampled it: of such
+    /// allocations only this one, and others by chance, were recorded.
+    pub interval: u64,
 }
 
 /// A block of this capture given back.

@@ -89,7 +89,14 @@ impl ChunkDecoder {
         self.recent[self.allocations % RECENT_ADDRESSES] = address;
         self.allocations += 1;
         let tid = self.tid()?;
-        Ok(Record::Allocation(Allocation { allocator, tid, address: RemoteAddr(address), size, stack }))
+        Ok(Record::Allocation(Allocation {
+            allocator,
+            tid,
+            address: RemoteAddr(address),
+            size,
+            stack,
+            interval: 0,
+        }))
     }
 
     fn free(&mut self, first: u8, cursor: &mut Cursor<'_>) -> Result<Record, Broken> {

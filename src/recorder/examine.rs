@@ -52,9 +52,13 @@ impl Definitions for ModuleDefinitions<'_> {
         &self.path
     }
 
-    fn function(&self, name: &str) -> Option<RemoteAddr> {
+    fn function(&self, name: &str) -> Option<(RemoteAddr, u64)> {
         let symbol = self.module.exported_symbol(name).filter(|s| s.is_function())?;
-        Some(self.module.bias().to_remote(symbol.addr))
+        Some((self.module.bias().to_remote(symbol.addr), symbol.size))
+    }
+
+    fn next_function(&self, behind: RemoteAddr) -> Option<RemoteAddr> {
+        self.module.next_function(behind)
     }
 
     fn file_bytes(&self, addr: RemoteAddr, len: usize) -> Option<Vec<u8>> {

@@ -112,7 +112,7 @@ impl Script {
 
     /// An allocation.
     pub fn allocate(&mut self, allocator: AllocatorKind, tid: u32, address: u64, size: u64, stack: StackId) {
-        let event = Allocation { allocator, tid, address: RemoteAddr(address), size, stack };
+        let event = Allocation { allocator, tid, address: RemoteAddr(address), size, stack, interval: 0 };
         self.live.allocate(&event, self.now);
         self.writer.allocation(event).unwrap();
     }

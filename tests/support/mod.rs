@@ -1,6 +1,8 @@
 //! A program of `fixtures/stacks` running on an interpreter, for the tests of what is read of CPython.
 #![allow(dead_code)] // each test binary uses a part of this
 
+pub mod library_files;
+
 use crate::common::{Python, pythons};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
