@@ -1,8 +1,8 @@
 //! What the agent's walk of a Python stack costs, in ns per frame: `cargo run --release --example agent_walk_speed`.
 //!
 //! The agent's own source, compiled into this program, over chains that lie in memory as CPython's do: frames of 3.11 and later
-//! one behind the other on the thread's data stack, frame objects of 3.10 and before apart from each other. Every frame runs
-//! a code object of its own. What is measured is the loop with its data in the first-level cache.
+//! one behind the other on the thread's data stack, frame objects of 3.10 and before in pymalloc's pools. Every frame runs
+//! a code object of its own.
 #![allow(unsafe_code, reason = "the agent's code is, and so is what stands for CPython's structures here")]
 
 #[path = "../src/agent_abi.rs"]
@@ -25,6 +25,8 @@ struct Shape {
     name: &'static str,
     facts: PythonFacts,
     stride: usize,
+    /// Frames to a 4 KiB page; 0: they go on over its end.
+    per_page: usize,
     /// Every so many frames one that runs no code (a C function that called back); 0 for none.
     shim_every: usize,
 }
@@ -53,9 +55,10 @@ fn shapes() -> Vec<Shape> {
     };
     let shims = PythonFacts { previous: 8, code: 0, owner: 70, shim_owner: 3, ..cframe };
     let tagged = PythonFacts { owner: 74, code_mask: 7, ..shims };
-    let shape = |name, facts, stride, shim_every| Shape { name, facts, stride, shim_every };
+    let shape = |name, facts, stride, shim_every| Shape { name, facts, stride, per_page: 0, shim_every };
     vec![
-        shape("frame objects (3.8 to 3.10)", frame_object, 448, 0),
+        // pymalloc's pools: deep stacks do not stay in the first-level cache, of which each page has the same sets.
+        Shape { per_page: 8, ..shape("frame objects (3.8 to 3.10)", frame_object, 480, 0) },
         shape("frames (3.11)", cframe, 112, 0),
         shape("frames with owners (3.12, 3.13)", shims, 112, 0),
         shape("the same, each fifth a shim", shims, 112, 5),
@@ -67,8 +70,10 @@ fn shapes() -> Vec<Shape> {
 fn stack(shape: &Shape, depth: usize) -> u64 {
     let facts = &shape.facts;
     let shims = depth.checked_div(shape.shim_every).unwrap_or(0);
-    let memory = Box::leak(vec![0_u64; (256 + (depth + shims) * shape.stride) / 8].into_boxed_slice());
-    let base = memory.as_ptr() as u64;
+    let memory = Box::leak(vec![0_u64; 1024 + (depth + shims) * shape.stride / 4].into_boxed_slice());
+    let base = (memory.as_ptr() as u64).next_multiple_of(4096);
+    let skipped = (base - memory.as_ptr() as u64) as usize / 8;
+    let memory = &mut memory[skipped..];
     let mut set = |at: u64, value: u64| memory[((at - base) / 8) as usize] |= value << (8 * (at & 7));
     let (mut last, mut at) = (base + u64::from(facts.first_frame), base + 256);
     for number in 0..depth as u64 {
@@ -82,6 +87,9 @@ fn stack(shape: &Shape, depth: usize) -> u64 {
         let frame_object = facts.chain == chain::FRAME_OBJECT;
         set(at + u64::from(facts.instruction), if frame_object { 40 } else { code + 240 });
         at += shape.stride as u64;
+        if shape.per_page != 0 && (number + 1).is_multiple_of(shape.per_page as u64) {
+            at = at.next_multiple_of(4096) + 64;
+        }
         if shape.shim_every != 0 && (number + 1).is_multiple_of(shape.shim_every as u64) {
             link(at, &mut set);
             set(at + u64::from(facts.owner), u64::from(facts.shim_owner));

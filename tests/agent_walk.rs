@@ -208,11 +208,7 @@ fn own_frame(frame: &Value) -> (String, String, Option<i32>) {
 }
 
 /// What the walker saw, by the code objects told so far.
-fn seen_frames(
-    python: &Python,
-    seen: &[Value],
-    codes: &HashMap<String, Told>,
-) -> Vec<(String, String, Option<i32>)> {
+fn seen_frames(python: &Python, seen: &[Value], codes: &HashMap<String, Told>) -> Frames {
     let mut frames = Vec::new();
     for pair in seen.chunks(2) {
         let (code, packed) = (pair[0].as_u64().unwrap(), pair[1].as_u64().unwrap());
@@ -229,54 +225,93 @@ fn seen_frames(
     frames
 }
 
+type Frames = Vec<(String, String, Option<i32>)>;
+
+/// One interpreter that runs the fixture.
+struct Inside {
+    program: Program,
+    python: Python,
+    codes: HashMap<String, Told>,
+    by_hash: HashMap<u64, Frames>,
+    /// Looks taken in each case.
+    cases: BTreeMap<String, usize>,
+    _image: Placed,
+}
+
+impl Inside {
+    fn start(interpreter: &common::Python, settings: &[(&str, &str)]) -> Self {
+        let mut program = Program::start_with(interpreter, "in_target_walk.py", settings);
+        assert_eq!(program.line(), "ready\n");
+        let pid = program.pid();
+        let memory = ProcessMemory::new(pid);
+        let modules = modules(pid, &maps::mappings(pid).unwrap(), &memory).unwrap();
+        let python = Python::locate(&memory, &binaries(&modules)).unwrap();
+        let facts = bytes_of(&python_facts(&python));
+        let facts: String = facts.iter().map(|b| format!("{b:02x}")).collect();
+        let image = Placed::new(interpreter.root.as_deref());
+        // tp_name, tp_basicsize, tp_itemsize, tp_dealloc (`Include/cpython/object.h`).
+        let tp_dealloc = python.layout.type_object.tp_name + 24;
+        let asked = serde_json::json!({ "image": image.seen_as, "facts": facts, "tp_dealloc": tp_dealloc });
+        program.say(&asked.to_string());
+        let (codes, by_hash, cases) = Default::default();
+        Self { program, python, codes, by_hash, cases, _image: image }
+    }
+
+    /// Takes all that the program tells and compares; whether it said that it has a compiler at work.
+    fn run(&mut self, name: &str) -> bool {
+        loop {
+            let found: Value = serde_json::from_str(&self.program.line()).unwrap();
+            if found["end"] == true {
+                return found["jit"] == true;
+            }
+            for (key, records) in found["codes"].as_object().into_iter().flatten() {
+                self.codes.insert(key.clone(), assemble(key, &unhex(records.as_str().unwrap())));
+            }
+            let case = found["case"].as_str().unwrap();
+            *self.cases.entry(case.to_owned()).or_default() += usize::from(found["codes"].is_null());
+            if !found["ticks"].is_null() {
+                eprintln!("{name}: ticks per walk at depth: {}", found["ticks"]);
+            }
+            if let Some(own) = found["own"].as_array() {
+                self.compare(case, own.iter().map(own_frame).collect(), &found);
+            }
+        }
+    }
+
+    fn compare(&mut self, case: &str, mut own: Frames, found: &Value) {
+        let cut = found["cut"] == 1;
+        let seen = seen_frames(&self.python, found["seen"].as_array().unwrap(), &self.codes);
+        assert_eq!(cut, own.len() > seen.len(), "{case}");
+        own.truncate(if cut { seen.len() } else { usize::MAX });
+        assert_eq!(seen, own, "{case}");
+        let same = self.by_hash.entry(found["hash"].as_u64().unwrap()).or_insert_with(|| seen.clone());
+        let shorter = same.len().min(seen.len());
+        assert_eq!(same[..shorter], seen[..shorter], "{case}: one hash, two stacks");
+    }
+}
+
 #[test]
 fn the_walker_sees_what_the_process_says() {
     for_each_python(
         |_| true,
         |interpreter| {
-            let mut program = Program::start(interpreter, "in_target_walk.py");
-            assert_eq!(program.line(), "ready\n");
-            let pid = program.pid();
-            let memory = ProcessMemory::new(pid);
-            let modules = modules(pid, &maps::mappings(pid).unwrap(), &memory).unwrap();
-            let python = Python::locate(&memory, &binaries(&modules)).unwrap();
-            let facts = bytes_of(&python_facts(&python));
-            let facts: String = facts.iter().map(|b| format!("{b:02x}")).collect();
-            let placed = Placed::new(interpreter.root.as_deref());
-            // tp_name, tp_basicsize, tp_itemsize, tp_dealloc (`Include/cpython/object.h`).
-            let tp_dealloc = python.layout.type_object.tp_name + 24;
-            let asked =
-                serde_json::json!({ "image": placed.seen_as, "facts": facts, "tp_dealloc": tp_dealloc });
-            program.say(&asked.to_string());
-            let mut codes: HashMap<String, Told> = HashMap::new();
-            let mut by_hash: HashMap<u64, Vec<(String, String, Option<i32>)>> = HashMap::new();
-            let mut cases: BTreeMap<String, usize> = BTreeMap::new();
-            loop {
-                let found: Value = serde_json::from_str(&program.line()).unwrap();
-                if found["end"] == true {
-                    break;
-                }
-                let case = found["case"].as_str().unwrap();
-                for (key, records) in found["codes"].as_object().into_iter().flatten() {
-                    codes.insert(key.clone(), assemble(key, &unhex(records.as_str().unwrap())));
-                }
-                *cases.entry(case.to_owned()).or_default() += usize::from(found["codes"].is_null());
-                if !found["ticks"].is_null() {
-                    eprintln!("{interpreter}: ticks per walk at depth: {}", found["ticks"]);
-                }
-                let Some(own) = found["own"].as_array() else { continue };
-                let mut own: Vec<_> = own.iter().map(own_frame).collect();
-                let cut = found["cut"] == 1;
-                let seen = seen_frames(&python, found["seen"].as_array().unwrap(), &codes);
-                assert_eq!(cut, own.len() > seen.len(), "{case}");
-                own.truncate(if cut { seen.len() } else { usize::MAX });
-                assert_eq!(seen, own, "{case}");
-                let same = by_hash.entry(found["hash"].as_u64().unwrap()).or_insert_with(|| seen.clone());
-                let shorter = same.len().min(seen.len());
-                assert_eq!(same[..shorter], seen[..shorter], "{case}: one hash, two stacks");
-            }
-            assert_eq!(cases.len(), 16, "{cases:?}");
+            let mut inside = Inside::start(interpreter, &[]);
+            inside.run(&interpreter.to_string());
+            let cases = &inside.cases;
+            assert_eq!(cases.len(), 17, "{cases:?}");
             assert!(cases["special_methods"] >= 10 && cases["threads"] >= 9, "{cases:?}");
+            assert!(cases["hot_loops"] == 9 && cases["compiled_text"] == 10, "{cases:?}");
+        },
+    );
+}
+
+#[test]
+fn the_same_with_the_jit_at_work() {
+    for_each_python(
+        |interpreter| interpreter.name.starts_with("debian") && interpreter.minor() >= 14,
+        |interpreter| {
+            let jit = Inside::start(interpreter, &[("PYTHON_JIT", "1")]).run(&format!("{interpreter}, JIT"));
+            assert!(jit, "it was asked for and is not there");
         },
     );
 }

@@ -260,12 +260,16 @@ unsafe fn lasti(facts: *const PythonFacts, frame: u64, code: u64) -> i32 {
         let lasti = half(at) as i32 as i64 * (*facts).lasti_unit as i64;
         return if lasti == lasti as i32 as i64 { lasti as i32 } else { NO_LASTI };
     }
-    let lasti = word(at).wrapping_sub(bytecode(facts, frame, code)) as i64;
+    let start = bytecode(facts, frame, code);
+    if start == 0 {
+        return NO_LASTI;
+    }
+    let lasti = word(at).wrapping_sub(start) as i64;
     if (LASTI_MIN..LASTI_MAX).contains(&lasti) { lasti as i32 } else { NO_LASTI }
 }
 
 /// Where the bytecode that the frame executes begins. In free-threaded builds each thread may run a copy of its own
-/// (`_PyCode_GetTLBCArray`: {size, pointers…}); a code object that never had copies has no array.
+/// (`_PyCode_GetTLBCArray`: {size, pointers…}); a code object that never had copies has no array. 0: there is no such copy.
 unsafe fn bytecode(facts: *const PythonFacts, frame: u64, code: u64) -> u64 {
     let own = code + (*facts).bytecode as u64;
     if (*facts).co_tlbc == ABSENT || (*facts).tlbc_index == ABSENT || !is_code(facts, code) {
