@@ -6,7 +6,7 @@
 #![allow(unsafe_code, reason = "the agent's code is, and so is what stands for CPython's structures here")]
 
 #[path = "../src/agent_abi.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, clippy::wrong_self_convention)]
 mod abi;
 #[path = "../src/agent/python.rs"]
 #[allow(dead_code, unsafe_op_in_unsafe_fn)]

@@ -300,7 +300,7 @@ pub const NOT_SAMPLED: u64 = u64::MAX;
 pub mod part {
     /// Two i32: first line, first traceable instruction.
     pub const NUMBERS: u32 = 0;
-    /// Qualified name (name before 3.11), 1 byte per character. Longer than 4096 characters: cut.
+    /// Qualified name (name before 3.11), 1 byte per character. Longer than 4096 characters: one more, then cut.
     pub const NAME_1: u32 = 1;
     /// The same, 2 bytes.
     pub const NAME_2: u32 = 2;

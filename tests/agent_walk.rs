@@ -7,7 +7,7 @@ mod common;
 mod support;
 
 use common::for_each_python;
-use heaptap::agent_abi::{PythonFacts, part};
+use heaptap::agent_abi::part;
 use heaptap::cpython::line_table::line_at;
 use heaptap::cpython::text::decode;
 use heaptap::cpython::{Python, RawFrame};
@@ -84,54 +84,6 @@ impl Drop for Placed {
             let _ = std::fs::remove_file(copy);
         }
     }
-}
-
-/// The facts as they lie in the agent's state.
-fn bytes_of(facts: &PythonFacts) -> Vec<u8> {
-    let (own, rest) = (words(&[facts.own_state, facts.chain]), offsets(facts));
-    let wide = [facts.a, facts.b, facts.c, facts.finalizing, facts.code_type];
-    let bytes = [own, wide.iter().flat_map(|w| w.to_le_bytes()).collect(), words(&rest)].concat();
-    assert_eq!(bytes.len(), size_of::<PythonFacts>(), "a field is missing here");
-    bytes
-}
-
-fn words(all: &[u32]) -> Vec<u8> {
-    all.iter().flat_map(|w| w.to_le_bytes()).collect()
-}
-
-fn offsets(f: &PythonFacts) -> [u32; 30] {
-    [
-        f.thread_id,
-        f.first_frame,
-        f.cframe_frame,
-        f.previous,
-        f.code,
-        f.instruction,
-        f.lasti_unit,
-        f.owner,
-        f.shim_owner,
-        f.code_mask,
-        f.ob_type,
-        f.bytecode,
-        f.co_tlbc,
-        f.tlbc_index,
-        f.co_name,
-        f.co_filename,
-        f.co_linetable,
-        f.co_firstlineno,
-        f.co_firsttraceable,
-        f.bytes_size,
-        f.bytes_data,
-        f.str_state,
-        f.str_length,
-        f.str_ascii_data,
-        f.str_compact_data,
-        f.str_data,
-        f.str_kind_bit,
-        f.str_compact_bit,
-        f.str_ascii_bit,
-        0,
-    ]
 }
 
 /// A code object as it was told.
@@ -246,7 +198,7 @@ impl Inside {
         let memory = ProcessMemory::new(pid);
         let modules = modules(pid, &maps::mappings(pid).unwrap(), &memory).unwrap();
         let python = Python::locate(&memory, &binaries(&modules)).unwrap();
-        let facts = bytes_of(&python_facts(&python));
+        let facts = python_facts(&python).to_bytes();
         let facts: String = facts.iter().map(|b| format!("{b:02x}")).collect();
         let image = Placed::new(interpreter.root.as_deref());
         // tp_name, tp_basicsize, tp_itemsize, tp_dealloc (`Include/cpython/object.h`).

@@ -269,7 +269,8 @@ unsafe fn lasti(facts: *const PythonFacts, frame: u64, code: u64) -> i32 {
 }
 
 /// Where the bytecode that the frame executes begins. In free-threaded builds each thread may run a copy of its own
-/// (`_PyCode_GetTLBCArray`: {size, pointers…}); a code object that never had copies has no array. 0: there is no such copy.
+/// (`_PyCode_GetTLBCArray`: {size, pointers…}); a code object that never had copies has no array. 0: there is no such copy. An array
+/// that another thread replaces is freed with delay.
 unsafe fn bytecode(facts: *const PythonFacts, frame: u64, code: u64) -> u64 {
     let own = code + (*facts).bytecode as u64;
     if (*facts).co_tlbc == ABSENT || (*facts).tlbc_index == ABSENT || !is_code(facts, code) {

@@ -5,7 +5,7 @@
 #![allow(unsafe_code, reason = "the agent's code is, and this calls it")]
 
 #[path = "../../src/agent_abi.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, clippy::wrong_self_convention)]
 mod abi;
 #[path = "../../src/agent/codes.rs"]
 #[allow(unsafe_op_in_unsafe_fn)]

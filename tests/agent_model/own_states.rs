@@ -96,3 +96,49 @@ fn a_stale_or_dying_state_is_none() {
     unsafe { (at as *mut u64).add(2).write_volatile(fs + 64) };
     assert_eq!(found(0), 0, "a state that names another thread");
 }
+
+/// glibc's own vector, of which the length and the entries are nowhere promised.
+#[cfg(target_env = "gnu")]
+#[test]
+fn the_real_vector_of_a_thread_has_the_shape_that_is_assumed() {
+    use std::cell::Cell;
+    thread_local! {
+        static VARIABLE: Cell<u64> = const { Cell::new(0) };
+    }
+    let look = || {
+        let fs: u64;
+        // SAFETY: the first word of the thread's control block is its address (x86-64 TLS ABI).
+        unsafe { std::arch::asm!("mov {}, fs:[0]", out(reg) fs, options(nostack, readonly)) };
+        let tstate = [0, 0, fs];
+        VARIABLE.set(tstate.as_ptr() as u64);
+        let variable = VARIABLE.with(|v| v.as_ptr() as u64);
+        let finalizing = 0_u64;
+        // The executable is module 1. Its block is part of what lies below the control block.
+        // SAFETY: the vector is there as long as the thread is.
+        let (vector, block) = unsafe {
+            let vector = python::word(fs + 8);
+            (vector, python::word(vector + 16))
+        };
+        let offset = variable.wrapping_sub(block);
+        assert!(offset < 1 << 16, "the block at {block:#x} does not hold {variable:#x}");
+        let facts = PythonFacts {
+            own_state: own_state::DYNAMIC,
+            finalizing: &raw const finalizing as u64,
+            thread_id: 16,
+            a: 1,
+            b: offset,
+            c: 16,
+            ..facts()
+        };
+        // SAFETY: this thread's own pointer.
+        let found = |facts: &PythonFacts| unsafe { python::thread_state(facts, fs) };
+        assert_eq!(found(&facts), tstate.as_ptr() as u64, "by the vector at {vector:#x}");
+        // Modules that this thread's vector has no room for.
+        for module in [5_000, 1 << 40] {
+            assert_eq!(found(&PythonFacts { a: module, ..facts }), 0);
+        }
+        VARIABLE.set(0);
+    };
+    look();
+    std::thread::spawn(look).join().unwrap();
+}
