@@ -141,6 +141,8 @@ pub fn run(args: &AttachArgs) -> Result<(), Error> {
 pub(super) struct Console {
     bar: ProgressBar,
     line_due: Option<Instant>,
+    /// Which breakpoints, and whether all events are recorded.
+    how: String,
     target: String,
 }
 
@@ -152,7 +154,12 @@ impl Console {
             bar.set_style(style);
         }
         let line_due = (!quiet && !terminal).then(|| Instant::now() + LINE_EVERY);
-        Self { bar, line_due, target: printable(&options.output.to_string_lossy()).into_owned() }
+        let how = match &options.jump {
+            None => "trap breakpoints".into(),
+            Some(jump) if jump.exact => "jump breakpoints, every event".into(),
+            Some(jump) => format!("jump breakpoints, one sample in {}", bytes(jump.sample)),
+        };
+        Self { bar, line_due, how, target: printable(&options.output.to_string_lossy()).into_owned() }
     }
 
     /// Takes the line of progress away.
@@ -169,10 +176,11 @@ impl Observer for Console {
         let mut out = io::stdout().lock();
         let _ = writeln!(
             out,
-            "recording process {}: CPython {}, {}, {breakpoints} trap breakpoints, into {}",
+            "recording process {}: CPython {}, {}, {breakpoints} {}, into {}",
             examined.pid,
             examined.python.version,
             examined.libc_name(),
+            self.how,
             self.target
         )
         .and_then(|()| out.flush());

@@ -104,7 +104,7 @@ pub fn record(options: &RecordOptions, observer: &mut dyn Observer) -> Result<Su
     let examined = examine(options.pid, kind, options.python_allocators)?;
     examined.check_recordable(kind, options.unsafe_trap)?;
     sys::install_stop_signals(TICK).map_err(TraceError::Wait)?;
-    let mut output = Output::prepare(options, header(&examined, options.python_allocators))?;
+    let mut output = Output::prepare(options, header(&examined, options.jump.as_ref()))?;
     match attach(options, &examined, &mut output) {
         Ok((source, writer)) => Session::new(source, writer, options, &examined).run(observer),
         Err(error) => {
