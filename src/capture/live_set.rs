@@ -131,11 +131,6 @@ impl LiveSet {
         self.blocks.contains_key(&halves(address.0))
     }
 
-    /// Whether any of a range is mapped.
-    pub fn is_mapped(&self, address: RemoteAddr, len: u64) -> bool {
-        self.mappings.any(address.0, len)
-    }
-
     /// Bytes in blocks and mappings.
     pub fn live_bytes(&self) -> u64 {
         self.block_bytes.saturating_add(self.mappings.bytes())
