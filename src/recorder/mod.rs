@@ -3,6 +3,7 @@
 //!
 //! Knows live processes and the capture's writer; knows nothing of reports or of the command line.
 
+pub mod aged;
 pub mod examine;
 pub mod given_back;
 pub mod header;
@@ -13,7 +14,10 @@ pub mod merge;
 pub mod plant;
 pub mod record;
 pub mod source;
+mod stripes;
 pub mod thread_names;
+pub mod told;
+pub mod translate;
 pub mod trap;
 
 use crate::capture::CaptureError;
