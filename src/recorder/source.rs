@@ -64,7 +64,7 @@ pub trait RecordSource {
     fn stack(&mut self, writer: &mut CaptureWriter) -> Result<Option<StackId>, RecordError>;
 
     /// When that call was, in nanoseconds since the start of recording.
-    fn time_ns(&self) -> u64;
+    fn time_ns(&mut self) -> u64;
 
     /// The last call is recorded: its thread may go on.
     fn proceed(&mut self) -> Result<(), RecordError>;

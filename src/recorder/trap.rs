@@ -181,7 +181,7 @@ impl RecordSource for TrapSource {
         self.locations.intern(&self.reader.stack, writer).map(Some)
     }
 
-    fn time_ns(&self) -> u64 {
+    fn time_ns(&mut self) -> u64 {
         self.start.elapsed().as_nanos() as u64
     }
 
