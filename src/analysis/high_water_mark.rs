@@ -5,7 +5,7 @@
 //! that has not changed since the last peak still has what it had then.
 //!
 //! Where records are samples it is the peak of the estimate of what is live. The largest of many estimates is too large
-//! on average, by about its error at most.
+//! on average: docs/reports.md says by how much.
 
 use super::site::{Site, SiteTable, SiteTotals, sorted};
 use super::totals::Totals;
