@@ -10,8 +10,10 @@ use heaptap::cpython::{AllocatorTable, Binary, Domain, Python, Span};
 use heaptap::image::{Module, modules};
 use heaptap::inferior::maps;
 use heaptap::inferior::memory::ProcessMemory;
+use heaptap::memory::RemoteMemory;
 use heaptap::python_binary::binaries;
 use serde_json::{Value, json};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use support::{Program, interpreters};
 
 /// What depends on the interpreter is run for each; all failures are told, not only the first.
@@ -137,6 +139,38 @@ fn the_allocator_tables_are_found() {
     });
 }
 
+#[test]
+fn code_objects_are_freed_through_a_word_of_their_type() {
+    let with_symbols = AtomicUsize::new(0);
+    on_every_interpreter(|interpreter| {
+        let mut program = Program::start(interpreter, "every_kind_of_frame.py");
+        program.line();
+        let pid = program.pid();
+        let memory = ProcessMemory::new(pid);
+        let modules = modules(pid, &maps::mappings(pid).unwrap(), &memory).unwrap();
+        let binaries = binaries(&modules);
+        let python = Python::locate(&memory, &binaries).unwrap();
+        let (word, value) = python.code_dealloc_word(&memory, &binaries).unwrap();
+        assert_eq!(memory.read_ptr(word).unwrap(), value);
+        let home = modules.iter().find(|m| Binary::path(*m) == python.binary).unwrap();
+        assert!(
+            home.executable().iter().any(|span| span.contains(value)),
+            "{value} is no code of the runtime"
+        );
+        // What a code object really is freed by, where the names of local functions are left.
+        if let Some(function) = home.symbol_addr("code_dealloc") {
+            assert_eq!(value, function);
+            with_symbols.fetch_add(1, Ordering::Relaxed);
+        }
+        // The word holds no other type's: a function and a dict are freed by others.
+        for other in ["PyFunction_Type", "PyDict_Type"] {
+            let other = home.symbol_addr(other).unwrap().offset(word.since(python.code_type.unwrap()));
+            assert_ne!(memory.read_ptr(other).unwrap(), value);
+        }
+    });
+    assert!(with_symbols.into_inner() > 0, "no interpreter has the symbol to compare with");
+}
+
 /// A file that has lost the symbols and sections of which the name begins so.
 struct Without<'a>(&'a Module, &'a [&'a str]);
 
@@ -177,6 +211,7 @@ fn the_same_is_found_without_symbols() {
         let modules = modules(pid, &maps::mappings(pid).unwrap(), &memory).unwrap();
         let python = Python::locate(&memory, &binaries(&modules)).unwrap();
         let tables = python.allocators(&memory, &binaries(&modules)).unwrap();
+        let code_dealloc = python.code_dealloc_word(&memory, &binaries(&modules)).unwrap();
         let steps: &[(u8, &[&str], &str)] = &[
             // Static variables, the C library's descriptors, types: gone in a stripped file or foreign library.
             (8, &["_PyObject", "_PyMem", "_thread_db_", "PyCode_Type"], "symbol _PyRuntime"),
@@ -195,6 +230,7 @@ fn the_same_is_found_without_symbols() {
             assert_eq!((found.own_state, found.pthread), (python.own_state, python.pthread));
             let words = |t: AllocatorTable| (t.address, t.malloc, t.free);
             assert_eq!(found.allocators(&memory, &stripped).unwrap().map(words), tables.map(words));
+            assert_eq!(found.code_dealloc_word(&memory, &stripped).unwrap(), code_dealloc);
             let tids: Vec<i32> = maps::namespaced_tasks(pid).unwrap().iter().map(|t| t.1).collect();
             assert_eq!(found.self_test(&memory, &tids).unwrap(), python.self_test(&memory, &tids).unwrap());
         }

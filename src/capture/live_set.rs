@@ -127,6 +127,11 @@ impl LiveSet {
         self.blocks.get(&halves(address.0)).map(|packed| self.unpack(*packed))
     }
 
+    /// Whether a block is live at `address`.
+    pub fn is_live(&self, address: RemoteAddr) -> bool {
+        self.blocks.contains_key(&halves(address.0))
+    }
+
     /// Bytes in blocks and mappings; of samples, what they stand for.
     pub fn live_bytes(&self) -> u64 {
         self.sum.bytes().saturating_add(self.mappings.bytes())

@@ -37,6 +37,8 @@ pub enum EndReason {
         /// `SIGKILL`, …
         signal: String,
     },
+    /// The target ended, and nobody told how.
+    TargetGone,
     /// The target became another program.
     TargetExec {
         /// Its executable.
@@ -61,6 +63,7 @@ impl EndReason {
             Self::Interrupted { signal } => format!("interrupted by {signal}"),
             Self::TargetExited { code } => format!("the target exited with code {code}"),
             Self::TargetKilled { signal } => format!("the target was killed by {signal}"),
+            Self::TargetGone => "the target ended".to_owned(),
             Self::TargetExec { path } => format!("the target executed {path}"),
             Self::ControllerError { message } => format!("heaptap failed: {message}"),
             Self::Unknown => "unknown".to_owned(),

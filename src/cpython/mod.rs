@@ -7,6 +7,8 @@
 pub mod allocators;
 pub mod binary;
 pub mod code;
+pub mod code_dealloc;
+pub mod code_text;
 mod disasm;
 pub mod frame;
 pub mod layout;
@@ -23,6 +25,7 @@ pub mod version;
 pub use allocators::{AllocatorTable, AllocatorsError, Domain};
 pub use binary::{Binary, Span};
 pub use code::{CodeTable, Location};
+pub use code_dealloc::CodeDeallocError;
 pub use frame::{RawFrame, Walk, WalkError};
 pub use layout::{Layout, LayoutError};
 pub use locate::LocateError;
@@ -137,6 +140,15 @@ impl Python {
         binaries: &[&dyn Binary],
     ) -> Result<[AllocatorTable; 3], AllocatorsError> {
         allocators::find(memory, binaries, self)
+    }
+
+    /// The word that points to the function which frees code objects, and what it holds. `binaries` as for [`Python::locate`].
+    pub fn code_dealloc_word(
+        &self,
+        memory: &dyn RemoteMemory,
+        binaries: &[&dyn Binary],
+    ) -> Result<(RemoteAddr, RemoteAddr), CodeDeallocError> {
+        code_dealloc::find(memory, binaries, self)
     }
 
     /// An empty table of this process's code objects.

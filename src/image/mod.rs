@@ -100,6 +100,14 @@ impl Module {
         self.file.exported_symbols().get(name).copied()
     }
 
+    /// Where the next function behind `addr` begins that has a symbol, exported or local.
+    pub fn next_function(&self, addr: RemoteAddr) -> Option<RemoteAddr> {
+        let from = self.bias.to_image(addr);
+        let all = self.file.exported_symbols().values().chain(self.file.all_symbols().values());
+        let behind = all.filter(|s| s.is_function() && s.addr > from).map(|s| s.addr).min();
+        behind.map(|next| self.bias.to_remote(next))
+    }
+
     /// Where a loaded section lies: first byte and size.
     pub fn section(&self, name: &str) -> Option<(RemoteAddr, u64)> {
         let section = self.file.section(name).filter(|s| s.addr.0 != 0)?;

@@ -41,6 +41,18 @@ pub enum ProbeError {
         /// Why not.
         why: String,
     },
+    /// A function can't take a jump.
+    #[error("{function} at {addr} of {module} can't be diverted: {obstacle}")]
+    NoDetour {
+        /// Which function.
+        function: &'static str,
+        /// Its address.
+        addr: RemoteAddr,
+        /// The file it is from.
+        module: String,
+        /// What is in the way.
+        obstacle: super::detour::Obstacle,
+    },
     /// There is no room for the thunks near a module.
     #[error("no free address range within 2 GiB of {addr} for the thunks of {module}")]
     NoRoom {
@@ -78,6 +90,23 @@ pub enum ProbeError {
         addr: RemoteAddr,
         /// How many.
         len: usize,
+    },
+    /// The target may not map new executable memory.
+    #[error(
+        "process {pid} may not map new executable memory ({errno}): a security policy (SELinux execmem, …) \
+         forbids recording this process"
+    )]
+    NoNewCode {
+        /// The target.
+        pid: i32,
+        /// What the kernel said.
+        errno: nix::errno::Errno,
+    },
+    /// The agent built into this binary is not what the loader expects.
+    #[error("heaptap's own in-target agent can't be loaded: {what}")]
+    Agent {
+        /// What is wrong with it.
+        what: String,
     },
     /// A request to the process failed.
     #[error(transparent)]

@@ -6,6 +6,7 @@
 
 use super::error::ProbeError;
 use super::function::{Domain, Function, Member, SYMBOLS};
+use super::head::Head;
 use crate::addr::RemoteAddr;
 
 /// Bytes of the file kept per entry point: more than the longest instruction (15).
@@ -15,15 +16,17 @@ pub const ENTRY_BYTES: usize = 16;
 pub trait Definitions {
     /// Path, for messages.
     fn path(&self) -> &str;
-    /// Address of a function that this module defines.
-    fn function(&self, name: &str) -> Option<RemoteAddr>;
+    /// Address of a function that this module defines, and its bytes as the symbol states them (0: it doesn't).
+    fn function(&self, name: &str) -> Option<(RemoteAddr, u64)>;
+    /// Where the next function that has a symbol begins.
+    fn next_function(&self, behind: RemoteAddr) -> Option<RemoteAddr>;
     /// What the file holds at an address of this module.
     fn file_bytes(&self, addr: RemoteAddr, len: usize) -> Option<Vec<u8>>;
     /// Whether this is the C library.
     fn is_libc(&self) -> bool;
 }
 
-/// A function whose first instruction gets a breakpoint.
+/// A function that gets a breakpoint or a jump.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EntryPoint {
     /// What it does.
@@ -36,6 +39,8 @@ pub struct EntryPoint {
     pub module: String,
     /// The first bytes that the file has there.
     pub file_bytes: Vec<u8>,
+    /// More of them, for a jump.
+    pub head: Head,
 }
 
 /// A word of one of CPython's allocator tables that is to point to a thunk.
@@ -71,11 +76,10 @@ pub struct Plan {
 pub fn plan<M: Definitions>(pid: i32, modules: &[M], words: Vec<TableWord>) -> Result<Plan, ProbeError> {
     let mut entries: Vec<EntryPoint> = Vec::new();
     for (name, function) in SYMBOLS {
-        let defining: Vec<(&M, RemoteAddr)> =
-            modules.iter().filter_map(|m| m.function(name).map(|a| (m, a))).collect();
+        let defining: Vec<_> = modules.iter().filter_map(|m| m.function(name).map(|at| (m, at))).collect();
         let libc = defining.iter().find(|(m, _)| function.is_mapping() && m.is_libc());
-        for (module, address) in defining.first().into_iter().chain(libc) {
-            add(&mut entries, name, *function, *module, *address);
+        for (module, at) in defining.first().into_iter().chain(libc) {
+            add(&mut entries, name, *function, *module, *at);
         }
     }
     for (name, function) in [("malloc", Function::Malloc), ("free", Function::Free)] {
@@ -92,7 +96,7 @@ fn add<M: Definitions>(
     name: &'static str,
     function: Function,
     module: &M,
-    address: RemoteAddr,
+    (address, size): (RemoteAddr, u64),
 ) {
     if let Some(known) = entries.iter_mut().find(|e| e.address == address) {
         if !known.names.contains(&name) {
@@ -101,8 +105,10 @@ fn add<M: Definitions>(
         return;
     }
     let Some(file_bytes) = module.file_bytes(address, ENTRY_BYTES) else { return };
+    let next = module.next_function(address);
+    let head = Head::read(address, size, next, &|at, len| module.file_bytes(at, len));
     let module = module.path().to_string();
-    entries.push(EntryPoint { function, names: vec![name], address, module, file_bytes });
+    entries.push(EntryPoint { function, names: vec![name], address, module, file_bytes, head });
 }
 
 #[cfg(test)]
@@ -120,8 +126,11 @@ mod tests {
         fn path(&self) -> &str {
             self.path
         }
-        fn function(&self, name: &str) -> Option<RemoteAddr> {
-            self.symbols.get(name).map(|a| RemoteAddr(*a))
+        fn function(&self, name: &str) -> Option<(RemoteAddr, u64)> {
+            self.symbols.get(name).map(|a| (RemoteAddr(*a), 8))
+        }
+        fn next_function(&self, behind: RemoteAddr) -> Option<RemoteAddr> {
+            self.symbols.values().filter(|a| **a > behind.0).min().map(|a| RemoteAddr(*a))
         }
         fn file_bytes(&self, _: RemoteAddr, len: usize) -> Option<Vec<u8>> {
             Some(vec![0x90; len])

@@ -1,6 +1,8 @@
 //! A program of `fixtures/stacks` running on an interpreter, for the tests of what is read of CPython.
 #![allow(dead_code)] // each test binary uses a part of this
 
+pub mod library_files;
+
 use crate::common::{Python, pythons};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -23,6 +25,11 @@ pub struct Program {
 impl Program {
     /// Starts `fixtures/stacks/NAME` on `interpreter`.
     pub fn start(interpreter: &Python, name: &str) -> Self {
+        Self::start_with(interpreter, name, &[])
+    }
+
+    /// The same with environment variables.
+    pub fn start_with(interpreter: &Python, name: &str, settings: &[(&str, &str)]) -> Self {
         let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/stacks").join(name);
         let (script, copied) = match &interpreter.root {
             None => (fixture, None),
@@ -40,6 +47,7 @@ impl Program {
             .arg(script)
             .env("PYTHONIOENCODING", "utf-8")
             .env("PYTHONUTF8", "1")
+            .envs(settings.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
