@@ -10,6 +10,7 @@ pub mod function;
 mod handler;
 pub mod head;
 pub mod install;
+pub mod internal_callers;
 pub mod lift;
 pub mod place;
 pub mod plan;
