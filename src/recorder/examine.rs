@@ -40,8 +40,6 @@ pub struct Examined {
     pub stopped: bool,
     /// The word that holds `PyCode_Type.tp_dealloc`, and what it holds when nothing of ours is in it.
     pub code_dealloc: (RemoteAddr, RemoteAddr),
-    /// Return addresses of an allocator's own calls to the mmap family: first and last of each range.
-    pub internal_callers: Vec<[u64; 2]>,
 }
 
 /// The kind of breakpoint that a process is examined for.
@@ -111,21 +109,7 @@ pub fn examine(pid: i32, kind: Kind, python_allocators: bool) -> Result<Examined
     let sigtrap = if stale.iter().any(Stale::has_handler) { None } else { sigtrap_use(pid)? };
     let stopped = facts::state(pid, pid) == Some('T');
     let code_dealloc = code_dealloc(&python, &memory, &modules, &stale)?;
-    let internal_callers = Vec::new();
-    Ok(Examined {
-        pid,
-        maps,
-        modules,
-        libc,
-        python,
-        plan,
-        stale,
-        sigtrap,
-        seccomp,
-        stopped,
-        code_dealloc,
-        internal_callers,
-    })
+    Ok(Examined { pid, maps, modules, libc, python, plan, stale, sigtrap, seccomp, stopped, code_dealloc })
 }
 
 /// What a killed heaptap left in the word is taken back before anything is planted.

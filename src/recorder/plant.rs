@@ -17,7 +17,8 @@ use crate::probe::hooks::wanted;
 use crate::probe::jump;
 use crate::probe::load::{self, Loaded, Settings};
 use crate::probe::ring::{Heart, Rings, ticks};
-use crate::probe::{install, stale};
+use crate::probe::{install, internal_callers, stale};
+use crate::python_binary::binaries;
 use std::time::{Duration, Instant};
 
 /// How often the layout is tried on the running process before the world is stopped for it.
@@ -192,10 +193,24 @@ fn settings(jump: &JumpOptions, examined: &Examined) -> Result<Settings, RecordE
         ring_len: if jump.exact { EXACT_RING } else { SAMPLED_RING },
         python: python_facts(&examined.python),
         tid_offset: examined.python.pthread.tid,
-        internal_callers: examined.internal_callers.clone(),
+        internal_callers: callers(jump, examined)?,
         may_call: !examined.seccomp,
         ticks_per_second: ticks_per_second(),
     })
+}
+
+/// An allocator's own calls to the mmap family. With every event recorded, depth words tell of all calls but those inside libc's
+/// free, which is passed on by a jump.
+fn callers(jump: &JumpOptions, examined: &Examined) -> Result<Vec<[u64; 2]>, RecordError> {
+    let memory = ProcessMemory::new(examined.pid);
+    let (mut plan, mut arenas) = (examined.plan.clone(), None);
+    if jump.exact {
+        plan.words.clear();
+    } else if !plan.words.is_empty() {
+        arenas = examined.python.arena_allocator(&memory, &binaries(&examined.modules)).ok();
+    }
+    let found = internal_callers::of_process(&memory, &examined.modules, &examined.python, arenas, &plan)?;
+    Ok(found.ranges)
 }
 
 /// The time stamp counter's frequency, measured over a few milliseconds: good enough for patience.
