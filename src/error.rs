@@ -161,6 +161,7 @@ fn record_exit(error: &RecordError) -> Exit {
         | RecordError::Read(_)
         | RecordError::Ring(_)
         | RecordError::Thread { .. }
+        | RecordError::SwitchedOff { .. }
         | RecordError::Panicked { .. } => Exit::Failed,
         RecordError::Attach(_)
         | RecordError::Image(_)
@@ -202,6 +203,7 @@ fn record_hint(error: &RecordError) -> Option<String> {
         | RecordError::Trace(_)
         | RecordError::Ring(_)
         | RecordError::Thread { .. }
+        | RecordError::SwitchedOff { .. }
         | RecordError::Fact(_)
         | RecordError::Read(_) => None,
     }

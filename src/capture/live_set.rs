@@ -132,11 +132,6 @@ impl LiveSet {
         self.blocks.contains_key(&halves(address.0))
     }
 
-    /// Whether any of a range is mapped.
-    pub fn is_mapped(&self, address: RemoteAddr, len: u64) -> bool {
-        self.mappings.any(address.0, len)
-    }
-
     /// Bytes in blocks and mappings; of samples, what they stand for.
     pub fn live_bytes(&self) -> u64 {
         self.sum.bytes().saturating_add(self.mappings.bytes())

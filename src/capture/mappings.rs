@@ -60,12 +60,6 @@ impl Mappings {
         replaced
     }
 
-    /// Whether any of `[start, start + len)` is mapped.
-    pub(super) fn any(&self, start: u64, len: u64) -> bool {
-        let before = self.pieces.range(..start.saturating_add(len)).next_back();
-        before.is_some_and(|(_, piece)| piece.end > start)
-    }
-
     /// Takes `[start, start + len)` out.
     pub(super) fn unmap(&mut self, start: u64, len: u64) -> Vec<Part> {
         let end = start.saturating_add(len);

@@ -160,8 +160,8 @@ fn mappings(pid: i32) -> Result<Vec<Mapping>, TraceError> {
 }
 
 /// Lifts everything from a process that is seized whole and running, and lets it go. It is stopped for the moments that this
-/// takes.
-pub fn lift(mut inferior: Inferior, loaded: &Loaded) -> Result<LeftBehind, ProbeError> {
+/// takes. `filtered`: its threads have seccomp filters.
+pub fn lift(mut inferior: Inferior, loaded: &Loaded, filtered: bool) -> Result<LeftBehind, ProbeError> {
     let mut left = LeftBehind::default();
     inferior.prepare_calls()?;
     let changed = match lift_hooks(&mut inferior, loaded, &mut left) {
@@ -182,7 +182,7 @@ pub fn lift(mut inferior: Inferior, loaded: &Loaded) -> Result<LeftBehind, Probe
         left.regions.clone_from(&loaded.regions);
         return Ok(left);
     }
-    remove(loaded, wrapped, &mut left)?;
+    remove(loaded, wrapped, filtered, &mut left)?;
     Ok(left)
 }
 
@@ -315,7 +315,7 @@ fn same_mapping(maps: &[Mapping], a: u64, b: u64) -> bool {
 }
 
 /// Unmaps what nobody can run into any more, in the name of one thread while the others run.
-fn remove(loaded: &Loaded, wrapped: bool, left: &mut LeftBehind) -> Result<(), ProbeError> {
+fn remove(loaded: &Loaded, wrapped: bool, filtered: bool, left: &mut LeftBehind) -> Result<(), ProbeError> {
     let mut inferior = match Inferior::seize_thread(loaded.pid) {
         Ok(inferior) => inferior,
         Err(error) => {
@@ -333,7 +333,8 @@ fn remove(loaded: &Loaded, wrapped: bool, left: &mut LeftBehind) -> Result<(), P
         left.regions.push(base);
         left.why.push(references::WHY.into());
     }
-    let result = load::unload(&mut inferior, &parts, &loaded.regions);
+    let result = suspended(&mut inferior, filtered)
+        .and_then(|()| load::unload(&mut inferior, &parts, &loaded.regions));
     let ended = inferior.has_ended();
     let let_go = inferior.detach();
     match result {
@@ -341,4 +342,13 @@ fn remove(loaded: &Loaded, wrapped: bool, left: &mut LeftBehind) -> Result<(), P
         Err(error) => Err(error),
         Ok(()) => Ok(let_go?),
     }
+}
+
+fn suspended(inferior: &mut Inferior, filtered: bool) -> Result<(), ProbeError> {
+    if filtered {
+        inferior.stop_to_leave()?;
+        inferior.suspend_filters().map_err(|errno| ProbeError::Seccomp { errno })?;
+        inferior.resume()?;
+    }
+    Ok(())
 }

@@ -7,7 +7,7 @@
 
 #![allow(unsafe_code)]
 
-use super::ring_record::{Definitions, Event, Unreadable, decode};
+use super::ring_record::{Definitions, Event, Unreadable, What, decode};
 use crate::agent_abi::{MAX_DEPTH, RING_CONTROLS_AT, RingControl, ring_data_at, ring_memory_len};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -93,8 +93,9 @@ impl Memory {
         unsafe { std::slice::from_raw_parts(self.at.as_ptr().cast(), self.len / 8) }
     }
 
-    fn beat(&self) {
-        self.words()[0].store(ticks(), Ordering::Relaxed);
+    /// The heartbeat is the agent's clock, too: of the two who keep it, neither sets it back.
+    fn beat(&self, now: u64) {
+        self.words()[0].fetch_max(now, Ordering::Relaxed);
     }
 }
 
@@ -117,13 +118,19 @@ struct Lane {
     at: u64,
     /// End of what is published, as last seen.
     end: u64,
+    /// The end at the look before.
+    settled: u64,
+    /// Where the last event lay.
+    last: u64,
+    /// Definitions before this were told.
+    defined: u64,
     /// What the writer was told is free.
     released: u64,
     /// Its counter of drops as last seen.
     dropped: u64,
     /// Whose records these are.
     tid: u32,
-    /// Stamp of the last event: within a ring they do not decrease.
+    /// The time of its records; it does not go back.
     stamp: u64,
     complained: bool,
 }
@@ -151,7 +158,7 @@ pub struct Rings {
     memory: Arc<Memory>,
     ring_len: u64,
     lanes: Vec<Lane>,
-    /// The counter at the last look: what stamps are unwrapped against.
+    /// The counter at the last look: no record is later.
     now: u64,
     missing: Missing,
     scratch: Vec<u8>,
@@ -188,6 +195,9 @@ impl Rings {
             data: ring_data_at(ring_count, ring_len, ring) / 8,
             at: 0,
             end: 0,
+            settled: 0,
+            last: 0,
+            defined: 0,
             released: 0,
             dropped: 0,
             tid: 0,
@@ -214,9 +224,9 @@ impl Rings {
         self.ring_len
     }
 
-    /// Tells the agent that somebody reads.
-    pub fn beat(&self) {
-        self.memory.beat();
+    /// Tells the agent that somebody reads, and what time it is.
+    pub fn beat(&self, now: u64) {
+        self.memory.beat(now);
     }
 
     /// Keeps the heartbeat from a thread of its own: a slow disk must not look like a dead controller.
@@ -225,7 +235,7 @@ impl Rings {
         let (stop, stopped) = channel::<()>();
         let thread = std::thread::Builder::new().name("heartbeat".into()).spawn(move || {
             loop {
-                memory.beat();
+                memory.beat(ticks());
                 if stopped.recv_timeout(BEAT) != Err(RecvTimeoutError::Timeout) {
                     return;
                 }
@@ -240,8 +250,8 @@ impl Rings {
         let words = self.memory.words();
         let mut found = Found::default();
         for (ring, lane) in self.lanes.iter_mut().enumerate() {
-            // Bit 0 says that the writer is about to write. What it writes is ordered by what it waits for: see merge.
-            let head = words[lane.control + HEAD].load(Ordering::Acquire) & !1;
+            lane.settled = lane.end;
+            let head = words[lane.control + HEAD].load(Ordering::Acquire);
             if head != lane.end {
                 if !head.is_multiple_of(8) || head < lane.end || head - lane.at > self.ring_len {
                     let why = Unreadable::End { from: lane.end, to: head };
@@ -277,16 +287,20 @@ impl Rings {
                     break None;
                 }
             };
-            let payload = published(data, lane.at, lane.end);
+            let from = lane.at;
             lane.at += record.len;
-            if let Some(tid) = record.thread() {
-                lane.tid = tid;
-            }
             if let Some(what) = record.what {
-                lane.stamp = unwrapped(record.stamp, self.now).max(lane.stamp);
-                break Some(Event { stamp: lane.stamp, tid: lane.tid, what });
+                lane.last = from;
+                if let What::Thread(tid) = what {
+                    lane.tid = tid;
+                }
+                break Some(Event { stamp: lane.stamp, tid: lane.tid, number: record.number, what });
             }
-            record.define(payload, &mut self.scratch, told);
+            match record.time() {
+                Some(time) => lane.stamp = time.min(self.now).max(lane.stamp),
+                None if from < lane.defined => {}
+                None => record.define(published(data, from, lane.end), &mut self.scratch, told),
+            }
         };
         if lane.at - lane.released >= self.ring_len / 8 {
             lane.release(words);
@@ -294,37 +308,39 @@ impl Rings {
         event
     }
 
-    /// Shows `see` the events that [`Rings::read`] will give next, in order, until it answers false.
-    pub fn ahead(&self, ring: usize, mut see: impl FnMut(&Event) -> bool) {
+    /// Whether the last event of a ring had been published before the last look: by now all has been seen that was
+    /// published before it.
+    pub fn is_settled(&self, ring: usize) -> bool {
         let lane = &self.lanes[ring];
-        let data = &self.memory.words()[lane.data..][..self.ring_len as usize / 8];
-        let (mut at, mut tid, mut stamp) = (lane.at, lane.tid, lane.stamp);
-        while at < lane.end {
-            let Ok(record) = decode(published(data, at, lane.end), at, self.ring_len) else { return };
-            at += record.len;
-            tid = record.thread().unwrap_or(tid);
-            if let Some(what) = record.what {
-                stamp = unwrapped(record.stamp, self.now).max(stamp);
-                if !see(&Event { stamp, tid, what }) {
-                    return;
-                }
-            }
-        }
+        lane.last < lane.settled
     }
 
-    /// Tells what is defined in a ring with stamps up to `until`, ahead of its turn. It will be told again.
-    pub fn define_ahead(&mut self, ring: usize, until: u64, told: &mut impl Definitions) {
+    /// Shows `see` what [`Rings::read`] will give next, in order, with the event's number and whether it is settled.
+    pub fn ahead(&self, ring: usize, mut see: impl FnMut(&What, u32, bool)) {
         let lane = &self.lanes[ring];
         let data = &self.memory.words()[lane.data..][..self.ring_len as usize / 8];
         let mut at = lane.at;
         while at < lane.end {
-            let payload = published(data, at, lane.end);
-            let Ok(record) = decode(payload, at, self.ring_len) else { return };
-            if unwrapped(record.stamp, self.now) > until {
-                return;
+            let Ok(record) = decode(published(data, at, lane.end), at, self.ring_len) else { return };
+            if let Some(what) = &record.what {
+                see(what, record.number, at < lane.settled);
             }
             at += record.len;
-            record.define(payload, &mut self.scratch, told);
+        }
+    }
+
+    /// Tells all that is defined in what was published, ahead of its turn.
+    pub fn define_ahead(&mut self, told: &mut impl Definitions) {
+        for lane in &mut self.lanes {
+            let data = &self.memory.words()[lane.data..][..self.ring_len as usize / 8];
+            let mut at = lane.at.max(lane.defined);
+            while at < lane.end {
+                let payload = published(data, at, lane.end);
+                let Ok(record) = decode(payload, at, self.ring_len) else { break };
+                record.define(payload, &mut self.scratch, told);
+                at += record.len;
+            }
+            lane.defined = at;
         }
     }
 
@@ -355,7 +371,7 @@ impl Lane {
             tracing::warn!("ring {ring} of the agent, at {:#x}: {why}; its records are skipped", self.at);
         }
         missing.unreadable += 1;
-        (self.at, self.end) = (end, end);
+        (self.at, self.end, self.settled, self.defined) = (end, end, end, end);
         // No record may be taken for released by a difference that went below zero.
         self.released = self.released.min(end);
     }
@@ -368,13 +384,6 @@ fn published(data: &[AtomicU64], at: u64, end: u64) -> &[AtomicU64] {
     let most = ((end - at) / 8) as usize;
     let rest = &data[from..];
     &rest[..most.min(rest.len())]
-}
-
-/// The counter whose low 48 bits are `stamp`, near `now`.
-#[inline]
-fn unwrapped(stamp: u64, now: u64) -> u64 {
-    let distance = (stamp.wrapping_sub(now) << 16).cast_signed() >> 16;
-    now.saturating_add_signed(distance)
 }
 
 /// Keeps the heartbeat until it is dropped.
@@ -391,21 +400,5 @@ impl Drop for Heart {
         {
             tracing::warn!("the heartbeat's thread panicked");
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn stamps_are_unwrapped_to_the_nearest() {
-        let now = (5 << 48) + 1000;
-        assert_eq!(unwrapped(990, now), now - 10);
-        assert_eq!(unwrapped(1010, now), now + 10);
-        // Before the low bits wrapped.
-        assert_eq!(unwrapped((1 << 48) - 1, (5 << 48) + 3), (5 << 48) - 1);
-        assert_eq!(unwrapped(5, (5 << 48) - 5), (5 << 48) + 5);
-        assert_eq!(unwrapped((1 << 48) - 1, 3), 0);
     }
 }

@@ -2,16 +2,18 @@
 
 use super::function::{Domain, Function, Member};
 use crate::addr::RemoteAddr;
-use crate::agent_abi::{MAX_DEPTH, function, record};
+use crate::agent_abi::{MAPPING_STRIPE, MAX_DEPTH, function, record, stripe};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What a thread did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Event {
-    /// The time stamp counter, all of it.
+    /// The time stamp counter, coarse: see [`record::TIME`].
     pub stamp: u64,
     /// The thread, as its own pid namespace numbers it.
     pub tid: u32,
+    /// Its number in its stripe, where it has one: see [`What::stripe`].
+    pub number: u32,
     /// What.
     pub what: What,
 }
@@ -66,6 +68,26 @@ pub enum What {
         /// See [`record::END`].
         interval: u64,
     },
+}
+
+impl What {
+    /// Where the event's number is from, in a recording of every event; `None` for an event without one. As the agent has it.
+    #[inline]
+    pub fn stripe(&self) -> Option<usize> {
+        let (function, address) = match *self {
+            Self::Freed { function, address }
+            | Self::FreedInside { function, address }
+            | Self::Allocated { function, address, .. } => (function, address.0),
+            Self::Begins { function, args } => (function, args[0]),
+            Self::Ended { function, result, .. } => (function, result),
+            Self::Thread(_) => return None,
+        };
+        match address {
+            0 | u64::MAX => None,
+            _ if function.is_mapping() => Some(MAPPING_STRIPE),
+            _ => Some(stripe(address)),
+        }
+    }
 }
 
 /// A frame of a stack, as told.
@@ -146,8 +168,8 @@ pub enum Unreadable {
 pub(super) struct Decoded {
     /// Bytes of it.
     pub(super) len: u64,
-    /// Low 48 bits of the counter.
-    pub(super) stamp: u64,
+    /// The event's number.
+    pub(super) number: u32,
     /// The event, if it is one.
     pub(super) what: Option<What>,
     definition: Definition,
@@ -156,6 +178,8 @@ pub(super) struct Decoded {
 #[derive(Debug, Clone, Copy)]
 enum Definition {
     None,
+    /// Of the records that follow.
+    Time(u64),
     /// Hash, frames, whether deeper ones were left out.
     Stack(u64, usize, bool),
     /// The four words behind the first; the bytes follow.
@@ -163,11 +187,11 @@ enum Definition {
 }
 
 impl Decoded {
-    /// The thread of what follows, if this record tells it.
+    /// The time of what follows, if this record tells it.
     #[inline]
-    pub(super) fn thread(&self) -> Option<u32> {
-        match self.what {
-            Some(What::Thread(tid)) => Some(tid),
+    pub(super) fn time(&self) -> Option<u64> {
+        match self.definition {
+            Definition::Time(time) => Some(time),
             _ => None,
         }
     }
@@ -175,7 +199,7 @@ impl Decoded {
     /// Tells what it defines, if it does. `words` is what [`decode`] was given.
     pub(super) fn define(&self, words: &[AtomicU64], scratch: &mut Vec<u8>, told: &mut impl Definitions) {
         match self.definition {
-            Definition::None => {}
+            Definition::None | Definition::Time(_) => {}
             Definition::Stack(hash, count, cut) => {
                 let frames = words[3..][..2 * count].chunks_exact(2).map(|frame| {
                     let packed = frame[1].load(Ordering::Relaxed);
@@ -213,7 +237,7 @@ pub(super) fn decode(words: &[AtomicU64], at: u64, ring_len: u64) -> Result<Deco
     let Some(first) = words.first().map(|first| first.load(Ordering::Relaxed)) else {
         return Err(Unreadable::Length { kind: 0, words: 1, there: 0 });
     };
-    let (kind, stamp) = (first as u8, first >> 16);
+    let (kind, number) = (first as u8, (first >> 32) as u32);
     let need = |count: u64| {
         let length = Unreadable::Length { kind, words: count, there: words.len() };
         if count <= words.len() as u64 { Ok(count * 8) } else { Err(length) }
@@ -222,7 +246,7 @@ pub(super) fn decode(words: &[AtomicU64], at: u64, ring_len: u64) -> Result<Deco
         let number = (first >> 8) as u8;
         function_of(number).ok_or(Unreadable::Function { kind, function: number })
     };
-    let event = |len, what| Ok(Decoded { len, stamp, what: Some(what), definition: Definition::None });
+    let event = |len, what| Ok(Decoded { len, number, what: Some(what), definition: Definition::None });
     match kind {
         record::ALLOC | record::SAMPLE => {
             let sampled = kind == record::SAMPLE;
@@ -256,13 +280,14 @@ pub(super) fn decode(words: &[AtomicU64], at: u64, ring_len: u64) -> Result<Deco
 /// The rest of [`decode`]: what is rare.
 #[inline(never)]
 fn decode_other(words: &[AtomicU64], first: u64, at: u64, ring_len: u64) -> Result<Decoded, Unreadable> {
-    let (kind, stamp) = (first as u8, first >> 16);
+    let kind = first as u8;
     let need = |count: u64| {
         let length = Unreadable::Length { kind, words: count, there: words.len() };
         if count <= words.len() as u64 { Ok(count * 8) } else { Err(length) }
     };
     let word = |i: usize| words[i].load(Ordering::Relaxed);
     let (len, definition) = match kind {
+        record::TIME => (need(2)?, Definition::Time(word(1))),
         record::PAD => (need((ring_len - at % ring_len) / 8)?, Definition::None),
         record::STACK => {
             need(3)?;
@@ -280,7 +305,7 @@ fn decode_other(words: &[AtomicU64], first: u64, at: u64, ring_len: u64) -> Resu
         }
         _ => return Err(Unreadable::Kind { kind }),
     };
-    Ok(Decoded { len, stamp, what: None, definition })
+    Ok(Decoded { len, number: 0, what: None, definition })
 }
 
 /// The function that a record's or a hook's number stands for.
@@ -318,11 +343,11 @@ mod tests {
 
     #[test]
     fn an_event_is_decoded_and_its_length_checked() {
-        let record = words(&[7 << 16 | 1 << 8 | u64::from(record::ALLOC), 0x1000, 64, 5]);
+        let record = words(&[7 << 32 | 1 << 8 | u64::from(record::ALLOC), 0x1000, 64, 5]);
         let decoded = decode(&record, 0, 1 << 16).unwrap();
         let (function, address) = (Function::Calloc, RemoteAddr(0x1000));
         let what = What::Allocated { function, address, size: 64, stack: 5, interval: 0 };
-        assert_eq!((decoded.len, decoded.stamp, decoded.what), (32, 7, Some(what)));
+        assert_eq!((decoded.len, decoded.number, decoded.what), (32, 7, Some(what)));
         let short = decode(&record[..3], 0, 1 << 16).unwrap_err();
         assert_eq!(short, Unreadable::Length { kind: record::ALLOC, words: 4, there: 3 });
         let unknown = words(&[99 << 8 | u64::from(record::FREE), 1]);

@@ -7,7 +7,6 @@
 
 use super::RecordError;
 use super::given_back::GivenBack;
-use super::merge::Awaited;
 use crate::addr::RemoteAddr;
 use crate::capture::{
     Allocation, AllocatorKind, CaptureWriter, Displaced, DropReason, Free, FreeUnknown, LiveSet, StackId,
@@ -119,40 +118,14 @@ impl Ledger {
         self.writer
     }
 
-    /// What should have been observed before `observation`, if anything: for sources that know the order of events of
-    /// different threads only nearly.
-    pub fn awaits(&mut self, observation: &Observation) -> Option<Awaited> {
-        let missing = |live: bool, address| (!live).then_some(Awaited::GivenOut(address));
-        match *observation {
-            Observation::Freed { address, .. } => missing(self.live.is_live(address), address),
-            Observation::FreedInside { address, .. } => {
-                let known = self.is_held(address) || self.live.is_live(address);
-                missing(known || self.given_back.holds(address), address)
-            }
-            Observation::Begins { request: Request::Reallocate { old, .. }, .. } => {
-                missing(self.live.is_live(old), old)
-            }
-            Observation::Ended { function, request, answer: Answer::Address(address) } => {
-                if function.is_mapping() {
-                    let len = size(request)?;
-                    let awaited = Awaited::RangeGivenBack(address, len);
-                    let taken = self.live.is_mapped(address, len)
-                        && !self.under_way.iter().any(|u| u.held.overlaps(address, len));
-                    taken.then_some(awaited)
-                } else {
-                    let taken = self.live.is_live(address) && !self.is_held(address);
-                    taken.then_some(Awaited::GivenBack(address))
-                }
-            }
-            _ => None,
-        }
-    }
-
     /// Takes an observation of thread `tid`; `origin` tells more of memory that was given out.
     pub fn observe(&mut self, tid: i32, observation: Observation, origin: Origin) -> Result<(), RecordError> {
         match observation {
             Observation::Nothing => Ok(()),
-            Observation::Freed { function, address } => self.free_block(tid, function, address),
+            Observation::Freed { function, address } => {
+                self.has_failed(address);
+                self.free_block(tid, function, address)
+            }
             Observation::FreedInside { function, address } => self.free_inside(tid, function, address),
             Observation::Begins { function, request } => {
                 self.begin(tid, function, request);
@@ -182,6 +155,9 @@ impl Ledger {
             _ => return,
         };
         self.forget(tid);
+        if let Held::Block(block) = held {
+            self.has_failed(block);
+        }
         if self.under_way.len() >= MAX_UNDER_WAY {
             self.under_way.remove(0);
         }
@@ -252,6 +228,14 @@ impl Ledger {
         }
     }
 
+    /// A call under way that holds this block, which somebody else is about to give back, came to nothing: its end (no number
+    /// orders that of a failed call) is yet to be told.
+    fn has_failed(&mut self, block: RemoteAddr) {
+        for under_way in self.under_way.iter_mut().filter(|u| u.held == Held::Block(block)) {
+            under_way.written = true;
+        }
+    }
+
     fn free_block(&mut self, tid: i32, function: Function, address: RemoteAddr) -> Result<(), RecordError> {
         let (deallocator, tid) = (kind(function), tid as u32);
         if self.live.free(address).is_some() {
@@ -269,14 +253,12 @@ impl Ledger {
     /// A free inside another call is that call's own business, unless it gives back a block that is known to live and
     /// that the call does not hold.
     fn free_inside(&mut self, tid: i32, function: Function, address: RemoteAddr) -> Result<(), RecordError> {
-        if self.is_held(address) || !self.live.is_live(address) {
+        let holds = |u: &UnderWay| u.tid == tid && u.held == Held::Block(address) && !u.written;
+        if self.under_way.iter().any(holds) || !self.live.is_live(address) {
             return Ok(());
         }
+        self.has_failed(address);
         self.free_block(tid, function, address)
-    }
-
-    fn is_held(&self, address: RemoteAddr) -> bool {
-        self.under_way.iter().any(|u| u.held == Held::Block(address))
     }
 }
 

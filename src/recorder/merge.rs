@@ -2,107 +2,104 @@
 //!
 //! # Which order
 //!
-//! A record that tells of something given back is published before the memory can be given out again, and one that tells of
-//! something given out before anybody can have got the address. So what one thread does because of what another did is
-//! published later, and an order that keeps to this replays right. Stamps of the time stamp counter give such an order, as
-//! far as they go:
+//! Two events about one address must stay in the order in which they happened, and so must those of one thread. The agent
+//! numbers events by stripes of addresses ([`crate::agent_abi::STRIPES`]), in causal order: before a block is given back,
+//! after it is given out. So an event's turn comes when all smaller numbers of its stripe have been told. Among those whose
+//! turn it is, the earliest goes first; times are coarse, and only a wish.
 //!
-//! * Rings are read one after the other. What is published in a ring behind our back may be the cause of what is found in
-//!   the next. Both are stamped after the look began: what is younger than that (less [`MARGIN`], for rdtsc is not ordered
-//!   with the stores around it) waits for the next look.
-//! * A thread may be held up between its stamp and its publication for any time. Nothing is caused by what is not
-//!   published: such an event comes late in time, and never too late. So nobody is waited for, dead or alive.
-//! * rdtsc is not ordered with the loads before it either, and the counters of two sockets may differ a little: two events
-//!   of which one caused the other may be stamped the wrong way round, when they are less than [`LOOK_AHEAD`] apart. That shows:
-//!   a block is given out that lives, or one is given back that does not. [`Merger::postpone`] then finds what was to come first.
+//! # Numbers that don't come
 //!
-//! Knows no clock and no ledger: the caller says what time it is and what it waits for.
+//! A thread may be held up between taking a number and publishing its record, for a scheduler's while or (thrown out of the agent
+//! by a signal handler, killed) for ever. Nobody waits for it: nothing is caused by what is not published, for the free has
+//! not begun and nobody else has got the address. But rings are looked at one after the other, and what is not seen yet may be
+//! published. So an event counts as *settled* when it was seen and every ring has been looked at once more: what came before it
+//! is seen by now. When settled events wait for a number that nobody has, the stripe becomes *loose*: its events go by the order
+//! of the numbers that are there, each once it and all smaller ones that are seen are settled. When the missing numbers have
+//! come, or [`GIVEN_UP_AFTER`] has passed, the stripe goes by the numbers themselves again.
+//!
+//! Knows no clock and no ledger: the caller says what time it is.
 
-use crate::addr::RemoteAddr;
-use crate::probe::function::{Function, Member};
+use super::stripes::{Number, Stripes};
 use crate::probe::ring::{Found, Missing, Rings};
 use crate::probe::ring_record::{Definitions, Event, What};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// Ticks by which what is published may be stamped before a look at the rings began that did not see it: 20 µs at 5 GHz.
+/// Ticks by which events wait for those of other threads that may be published a little later: 20 µs at 5 GHz.
 pub const MARGIN: u64 = 100_000;
-/// Ticks by which cause and effect may be stamped the wrong way round: 2 µs at 5 GHz.
-pub const LOOK_AHEAD: u64 = 10_000;
-/// How often one event may be put off.
-const MAX_PUT_OFF: u32 = 8;
-/// Key of a lane without an event.
-const NONE: u64 = u64::MAX;
+/// Ticks after which a number that does not come is no longer reckoned with, and after which events that wait for each other
+/// (as only a corrupt target can make them) are told in any order: 1 s at 3 GHz.
+pub const GIVEN_UP_AFTER: u64 = 3_000_000_000;
 
-/// What must come before an event, if it is there.
+/// Where a ring's next event stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Awaited {
-    /// The block at this address is given back.
-    GivenBack(RemoteAddr),
-    /// It is given out.
-    GivenOut(RemoteAddr),
-    /// A range that overlaps this one is given back.
-    RangeGivenBack(RemoteAddr, u64),
-}
-
-impl Awaited {
-    fn is(self, what: &What) -> bool {
-        match (self, *what) {
-            (Self::GivenBack(wanted), What::Freed { address, .. } | What::FreedInside { address, .. }) => {
-                address == wanted
-            }
-            (Self::GivenBack(wanted), What::Begins { function, args }) => {
-                is_realloc(function) && args[0] == wanted.0
-            }
-            (Self::GivenOut(wanted), What::Allocated { function, address, .. }) => {
-                address == wanted && !function.is_mapping()
-            }
-            (Self::GivenOut(wanted), What::Ended { function, result, .. }) => {
-                is_realloc(function) && result == wanted.0
-            }
-            (Self::RangeGivenBack(start, len), What::Begins { function, args }) => {
-                function.is_mapping()
-                    && args[0] < start.0.saturating_add(len)
-                    && start.0 < args[0].saturating_add(args[1])
-            }
-            _ => false,
-        }
-    }
-}
-
-fn is_realloc(function: Function) -> bool {
-    matches!(function, Function::Realloc | Function::Python(_, Member::Realloc))
+enum Turn {
+    /// There is none.
+    None,
+    /// It waits for its time only.
+    Ready,
+    /// It waits for smaller numbers.
+    Blocked,
+    /// It waits for the next look, by the caller's wish.
+    Parked,
 }
 
 /// A ring with its next event.
 #[derive(Debug, Clone, Copy)]
 struct Lane {
-    /// When it is its turn; [`NONE`] if there is no event.
-    key: u64,
     event: Event,
-    put_off: u32,
+    number: Option<Number>,
+    turn: Turn,
 }
 
 /// Merges rings; definitions go to `told` as soon as they are met.
 pub struct Merger<D> {
     rings: Rings,
     told: D,
+    /// Whether events have numbers: every one is recorded.
+    numbered: bool,
+    stripes: Stripes,
     lanes: Vec<Lane>,
-    /// The lanes that have an event, but for the current one.
+    /// The lanes that are ready, by time, but for the current one.
     order: BinaryHeap<Reverse<(u64, u32)>>,
     current: Option<u32>,
-    /// The current lane's turn lasts up to this key.
+    /// The current lane's turn lasts up to this time.
     until: u64,
-    /// Keys up to this one may be given out.
+    /// Events up to this time may be told.
     limit: u64,
+    blocked: Vec<u32>,
+    parked: Vec<u32>,
+    now: u64,
+    /// Nothing more will be published.
+    last: bool,
+    /// The blocked lanes were looked into since the last look.
+    looked_into: bool,
+    /// When an event was last told, or there was none.
+    moved: u64,
 }
 
 impl<D: Definitions> Merger<D> {
-    /// A merger of these rings.
-    pub fn new(rings: Rings, told: D) -> Self {
-        let event = Event { stamp: 0, tid: 0, what: What::Thread(0) };
-        let lanes = vec![Lane { key: NONE, event, put_off: 0 }; rings.count()];
-        Self { rings, told, lanes, order: BinaryHeap::new(), current: None, until: 0, limit: 0 }
+    /// A merger of these rings. `numbered`: every event is recorded, and has a number.
+    pub fn new(rings: Rings, told: D, numbered: bool) -> Self {
+        let event = Event { stamp: 0, tid: 0, number: 0, what: What::Thread(0) };
+        let lanes = vec![Lane { event, number: None, turn: Turn::None }; rings.count()];
+        Self {
+            rings,
+            told,
+            numbered,
+            stripes: Stripes::default(),
+            lanes,
+            order: BinaryHeap::new(),
+            current: None,
+            until: 0,
+            limit: 0,
+            blocked: Vec::new(),
+            parked: Vec::new(),
+            now: 0,
+            last: false,
+            looked_into: true,
+            moved: 0,
+        }
     }
 
     /// The rings.
@@ -119,71 +116,76 @@ impl<D: Definitions> Merger<D> {
     pub fn look(&mut self, now: u64) -> Found {
         self.rings.release();
         let found = self.rings.look(now);
-        for lane in 0..self.lanes.len() {
-            if self.lanes[lane].key == NONE && self.fetch(lane) {
-                self.order.push(Reverse((self.lanes[lane].key, lane as u32)));
-            }
-        }
-        self.limit = self.limit.max(now.saturating_sub(MARGIN + LOOK_AHEAD));
+        self.now = self.now.max(now);
+        self.limit = if self.last { u64::MAX } else { self.now.saturating_sub(MARGIN) };
         // Others may have come before what the current lane has.
         self.until = 0;
+        self.looked_into = false;
+        for lane in std::mem::take(&mut self.parked) {
+            self.queue(lane);
+        }
+        for lane in 0..self.lanes.len() {
+            if self.lanes[lane].turn == Turn::None && self.fetch(lane as u32) {
+                self.order.push(Reverse((self.lanes[lane].event.stamp, lane as u32)));
+            }
+        }
+        if self.stripes.any_loose() {
+            self.stripes.give_up(self.now.saturating_sub(GIVEN_UP_AFTER));
+            self.settle_loose();
+        }
         found
     }
 
-    /// Nothing more will be published: what is there is all.
+    /// Nothing more will be published: everything is told.
     pub fn look_last(&mut self, now: u64) -> Found {
+        self.last = true;
         let found = self.look(now);
-        self.limit = NONE - 1;
+        // Twice, so that all of it is settled.
+        self.look(now);
         found
     }
 
-    /// The next event, if one may be given out.
+    /// The next event, if one may be told.
     #[inline]
     pub fn peek(&mut self) -> Option<&Event> {
         let lane = match self.current {
-            Some(lane) if self.lanes[lane as usize].key <= self.until => lane,
+            Some(lane) if self.lanes[lane as usize].event.stamp <= self.until => lane,
             _ => self.choose()?,
         };
         Some(&self.lanes[lane as usize].event)
     }
 
-    /// The event that [`Merger::peek`] showed is done with.
+    /// The event that [`Merger::peek`] showed is told.
     #[inline]
     pub fn accept(&mut self) {
-        if let Some(lane) = self.current
-            && !self.fetch(lane as usize)
+        let Some(lane) = self.current else { return };
+        if let Some(number) = self.lanes[lane as usize].number
+            && self.stripes.told(number)
         {
+            self.wake(number.stripe);
+        }
+        if !self.fetch(lane) {
             self.current = None;
         }
     }
 
-    /// Puts the event that [`Merger::peek`] showed off until `awaited` has been given out; false if that is not to come
-    /// from another ring within [`LOOK_AHEAD`].
-    pub fn postpone(&mut self, awaited: Awaited) -> bool {
-        let Some(current) = self.current else { return false };
-        let Lane { event, put_off, .. } = self.lanes[current as usize];
-        if put_off >= MAX_PUT_OFF {
-            return false;
+    /// Leaves the event that [`Merger::peek`] showed until the next look, if there may be something published before it that
+    /// was not seen yet.
+    pub fn park(&mut self) -> bool {
+        match self.current {
+            Some(lane) if !self.rings.is_settled(lane as usize) => {
+                self.lanes[lane as usize].turn = Turn::Parked;
+                self.parked.push(lane);
+                self.current = None;
+                true
+            }
+            _ => false,
         }
-        let window = event.stamp.saturating_add(LOOK_AHEAD);
-        let found =
-            self.order.iter().filter_map(|Reverse((_, lane))| self.find(*lane, awaited, window)).min();
-        let Some(turn) = found else { return false };
-        let lane = &mut self.lanes[current as usize];
-        lane.key = turn.max(lane.key).saturating_add(1).min(NONE - 1);
-        lane.put_off += 1;
-        self.order.push(Reverse((lane.key, current)));
-        self.current = None;
-        true
     }
 
-    /// Takes the definitions that may belong before the event that [`Merger::peek`] showed and are met only later.
+    /// Takes all definitions that were seen, ahead of their turn.
     pub fn define_ahead(&mut self) {
-        let Some(current) = self.current else { return };
-        let until = self.lanes[current as usize].event.stamp.saturating_add(LOOK_AHEAD);
-        for lane in 0..self.lanes.len() {
-            self.rings.define_ahead(lane, until, &mut self.told);
-        }
+        self.rings.define_ahead(&mut self.told);
     }
 
     /// What went missing since the last call.
@@ -191,56 +193,143 @@ impl<D: Definitions> Merger<D> {
         self.rings.take_missing()
     }
 
-    /// The turn of what is awaited, if this lane has it with a stamp up to `window`.
-    fn find(&self, lane: u32, awaited: Awaited, window: u64) -> Option<u64> {
-        let Lane { key, event, .. } = self.lanes[lane as usize];
-        if event.stamp > window {
-            return None;
-        }
-        if awaited.is(&event.what) {
-            return Some(key);
-        }
-        let mut turn = None;
-        self.rings.ahead(lane as usize, |event| {
-            if event.stamp <= window && awaited.is(&event.what) {
-                turn = Some(event.stamp.max(key));
-            }
-            event.stamp <= window && turn.is_none()
-        });
-        turn
-    }
-
-    /// Brings a lane's next event in; false if there is none.
+    /// Brings a lane's next event in; false if there is none that is ready.
     #[inline]
-    fn fetch(&mut self, lane: usize) -> bool {
-        let next = self.rings.read(lane, &mut self.told);
-        let lane = &mut self.lanes[lane];
-        match next {
-            Some(event) => {
-                // A lane that was put off stays so: its thread did one thing after the other.
-                let before = if lane.key == NONE { 0 } else { lane.key };
-                *lane = Lane { key: event.stamp.clamp(before, NONE - 1), event, put_off: 0 };
-                true
-            }
-            None => {
-                lane.key = NONE;
+    fn fetch(&mut self, index: u32) -> bool {
+        let lane = &mut self.lanes[index as usize];
+        let Some(event) = self.rings.read(index as usize, &mut self.told) else {
+            lane.turn = Turn::None;
+            return false;
+        };
+        let stripe = if self.numbered { event.what.stripe() } else { None };
+        lane.number = stripe.map(|stripe| Number { stripe: stripe as u16, number: event.number });
+        lane.event = event;
+        lane.turn = Turn::Ready;
+        match lane.number {
+            Some(number) if !self.stripes.is_next(number) => {
+                lane.turn = Turn::Blocked;
+                self.stripes.wait(number.stripe);
+                self.blocked.push(index);
                 false
             }
+            _ => true,
         }
     }
 
-    /// Makes the lane whose turn it is the current one.
+    /// Puts a lane whose event is ready among those that wait for their time.
+    fn queue(&mut self, index: u32) {
+        let lane = &mut self.lanes[index as usize];
+        lane.turn = Turn::Ready;
+        let stamp = lane.event.stamp;
+        self.until = self.until.min(stamp);
+        self.order.push(Reverse((stamp, index)));
+    }
+
+    /// Makes the earliest lane the current one.
     fn choose(&mut self) -> Option<u32> {
         if let Some(lane) = self.current.take() {
-            self.order.push(Reverse((self.lanes[lane as usize].key, lane)));
+            self.order.push(Reverse((self.lanes[lane as usize].event.stamp, lane)));
         }
-        let Reverse((key, lane)) = *self.order.peek()?;
-        if key > self.limit {
-            return None;
+        loop {
+            let first = self.order.peek().map(|Reverse(first)| *first);
+            if let Some((_, lane)) = first.filter(|(stamp, _)| *stamp <= self.limit) {
+                self.order.pop();
+                (self.current, self.moved) = (Some(lane), self.now);
+                let next = self.order.peek().map_or(self.limit, |Reverse((next, _))| *next);
+                self.until = self.limit.min(next);
+                return Some(lane);
+            }
+            if self.blocked.is_empty() {
+                self.moved = self.now;
+                return None;
+            }
+            if !self.unblock() {
+                return None;
+            }
         }
-        self.order.pop();
-        self.current = Some(lane);
-        self.until = self.order.peek().map_or(self.limit, |Reverse((next, _))| self.limit.min(*next));
-        Some(lane)
+    }
+
+    /// Lets go on what waited for `stripe` and need not any more.
+    #[cold]
+    fn wake(&mut self, stripe: u16) {
+        let mut at = 0;
+        while at < self.blocked.len() {
+            let lane = self.blocked[at];
+            match self.lanes[lane as usize].number {
+                Some(number) if number.stripe == stripe && self.stripes.is_next(number) => {
+                    self.blocked.swap_remove(at);
+                    self.stripes.wait_no_more(stripe);
+                    self.queue(lane);
+                }
+                _ => at += 1,
+            }
+        }
+    }
+
+    /// No lane is ready: finds the stripes of which a settled event waits for a number that nobody has. False if nothing can
+    /// go on before the next look.
+    #[cold]
+    fn unblock(&mut self) -> bool {
+        if !self.looked_into || self.last {
+            self.looked_into = true;
+            let is_stuck = |lane: &&u32| self.rings.is_settled(**lane as usize);
+            let stuck =
+                self.blocked.iter().filter(is_stuck).filter_map(|lane| self.lanes[*lane as usize].number);
+            let mut stripes: Vec<u16> = stuck.map(|number| number.stripe).collect();
+            stripes.sort_unstable();
+            stripes.dedup();
+            stripes.retain(|stripe| !self.stripes.is_loose(*stripe));
+            let seen = self.seen(&stripes);
+            for stripe in stripes {
+                self.stripes.loosen(stripe, &seen, self.now);
+                self.wake(stripe);
+            }
+            if !self.order.is_empty() {
+                return true;
+            }
+        }
+        let waited = self.now.saturating_sub(self.moved) > GIVEN_UP_AFTER;
+        if !(self.last && self.order.is_empty() || waited) {
+            return false;
+        }
+        // They wait for each other in a circle, which no order of events can make: the earliest goes first.
+        let earliest = self.blocked.iter().copied().min_by_key(|lane| self.lanes[*lane as usize].event.stamp);
+        let Some(number) = earliest.and_then(|lane| self.lanes[lane as usize].number) else { return false };
+        tracing::debug!("events of the agent wait for each other: {number:?} goes first");
+        self.stripes.force(number);
+        self.wake(number.stripe);
+        true
+    }
+
+    /// Lists anew what of the loose stripes may be told.
+    #[cold]
+    fn settle_loose(&mut self) {
+        let stripes = self.stripes.loose();
+        let seen = self.seen(&stripes);
+        for stripe in stripes {
+            self.stripes.settle(stripe, &seen, self.now);
+            self.wake(stripe);
+        }
+    }
+
+    /// All numbers of these stripes that are seen and not told, each with whether it is settled.
+    fn seen(&self, stripes: &[u16]) -> Vec<(Number, bool)> {
+        let mut seen = Vec::new();
+        if stripes.is_empty() {
+            return seen;
+        }
+        for (ring, lane) in self.lanes.iter().enumerate() {
+            if let Some(number) =
+                lane.number.filter(|n| lane.turn != Turn::None && stripes.contains(&n.stripe))
+            {
+                seen.push((number, self.rings.is_settled(ring)));
+            }
+            self.rings.ahead(ring, |what, number, settled| {
+                if let Some(stripe) = what.stripe().filter(|stripe| stripes.contains(&(*stripe as u16))) {
+                    seen.push((Number { stripe: stripe as u16, number }, settled));
+                }
+            });
+        }
+        seen
     }
 }

@@ -3,6 +3,9 @@
 //!
 //! Knows live processes and the capture's writer; knows nothing of reports or of the command line.
 
+pub mod aged;
+pub mod agent;
+pub mod clock;
 pub mod examine;
 pub mod given_back;
 pub mod header;
@@ -13,7 +16,10 @@ pub mod merge;
 pub mod plant;
 pub mod record;
 pub mod source;
+mod stripes;
 pub mod thread_names;
+pub mod told;
+pub mod translate;
 pub mod trap;
 
 use crate::capture::CaptureError;
@@ -69,6 +75,15 @@ pub enum RecordError {
     /// The agent's rings can't be mapped.
     #[error(transparent)]
     Ring(#[from] crate::probe::ring::RingError),
+    /// The agent found nobody there.
+    #[error(
+        "heaptap was stopped for so long that its agent in process {pid} took it for dead and switched itself off: what \
+         happened since then is not recorded"
+    )]
+    SwitchedOff {
+        /// The target.
+        pid: i32,
+    },
     /// A thread of our own can't be started.
     #[error("heaptap can't start a thread of its own")]
     Thread {

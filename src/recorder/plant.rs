@@ -65,12 +65,14 @@ pub struct Planted {
     pub paused: Duration,
 }
 
-/// Plants the agent. On failure the target runs on as it was.
-pub fn plant(
+/// Plants the agent. On failure the target runs on as it was. `writer` is made at the last moment at which that can still be
+/// refused.
+pub fn plant<W>(
     options: &RecordOptions,
     jump: &JumpOptions,
     examined: &Examined,
-) -> Result<Planted, RecordError> {
+    writer: &mut dyn FnMut() -> Result<W, RecordError>,
+) -> Result<(Planted, W), RecordError> {
     let pid = options.pid;
     try_layout(pid, &examined.python)?;
     if !examined.stale.is_empty() {
@@ -87,10 +89,13 @@ pub fn plant(
         let rings = Rings::map(&loaded.memfd, settings.ring_count as usize, settings.ring_len as usize)?;
         // The agent switches itself off when nobody beats.
         let heart = rings.heart().map_err(|source| RecordError::Thread { source })?;
-        Ok((rings, heart, stop_and_plant(pid, &loaded)?))
+        let writer = writer()?;
+        Ok((rings, heart, stop_and_plant(pid, &loaded)?, writer))
     });
     match planted {
-        Ok((rings, heart, paused)) => Ok(Planted { loaded, rings, heart, settings, paused }),
+        Ok((rings, heart, paused, writer)) => {
+            Ok((Planted { loaded, rings, heart, settings, paused }, writer))
+        }
         Err(error) => {
             if let Err(e) = unload(examined, &loaded) {
                 tracing::error!("undoing a refused attach: {e}");

@@ -4,10 +4,11 @@
 //! as it was found.
 
 use super::RecordError;
+use super::agent::AgentSource;
 use super::examine::{Examined, Kind, examine};
 use super::header::{PAGE_SIZE, executable, header, unix_ns};
 use super::ledger::{Ledger, Tally};
-use super::plant::JumpOptions;
+use super::plant::{self, JumpOptions};
 use super::source::{RecordSource, SourceEvent, enter};
 use super::thread_names::ThreadNames;
 use super::trap::{StackReader, TrapSource};
@@ -105,13 +106,43 @@ pub fn record(options: &RecordOptions, observer: &mut dyn Observer) -> Result<Su
     examined.check_recordable(kind, options.unsafe_trap)?;
     sys::install_stop_signals(TICK).map_err(TraceError::Wait)?;
     let mut output = Output::prepare(options, header(&examined, options.jump.as_ref()))?;
-    match attach(options, &examined, &mut output) {
-        Ok((source, writer)) => Session::new(source, writer, options, &examined).run(observer),
+    let attached = match &options.jump {
+        Some(jump) => attach_jumps(options, jump, &examined, &mut output).map(Attached::Jumps),
+        None => attach(options, &examined, &mut output).map(Attached::Traps),
+    };
+    match attached {
+        Ok(Attached::Traps((source, writer))) => {
+            Session::new(source, writer, options, &examined).run(observer)
+        }
+        Ok(Attached::Jumps((source, writer))) => {
+            Session::new(source, writer, options, &examined).run(observer)
+        }
         Err(error) => {
             output.discard();
             Err(error)
         }
     }
+}
+
+/// A source of either kind, and where it is to be recorded.
+enum Attached {
+    Traps((TrapSource, CaptureWriter)),
+    Jumps((AgentSource, CaptureWriter)),
+}
+
+/// Plants the agent. On failure the target runs on as it was.
+fn attach_jumps(
+    options: &RecordOptions,
+    jump: &JumpOptions,
+    examined: &Examined,
+    output: &mut Output,
+) -> Result<(AgentSource, CaptureWriter), RecordError> {
+    if let Some(alive) = examined.stale.iter().find(|s| s.controller_lives()) {
+        return Err(ProbeError::ControllerAlive { pid: options.pid, controller: alive.controller.0 }.into());
+    }
+    let planted = plant::plant(options, jump, examined, &mut || output.take())?;
+    let (planted, writer) = planted;
+    Ok((AgentSource::new(planted, examined.python.clone(), examined.seccomp)?, writer))
 }
 
 /// The capture file, made before the target is stopped where that can't lose anything.

@@ -5,7 +5,6 @@
 
 use super::RecordError;
 use super::ledger::{Ledger, Origin};
-use super::merge::Awaited;
 use crate::capture::{CaptureWriter, DropReason, StackId};
 use crate::cpython::Python;
 use crate::inferior::stop::StopEvent;
@@ -60,17 +59,12 @@ pub trait RecordSource {
     /// The next event. Returns [`SourceEvent::Idle`] now and then when there is none.
     fn next(&mut self) -> Result<SourceEvent, RecordError>;
 
-    /// The Python stack of the last [`SourceEvent::Call`] that gave memory out.
-    fn stack(&mut self, writer: &mut CaptureWriter) -> Result<StackId, RecordError>;
+    /// The Python stack of the last [`SourceEvent::Call`] that gave memory out. `None`: it is not known yet; the call will come
+    /// again.
+    fn stack(&mut self, writer: &mut CaptureWriter) -> Result<Option<StackId>, RecordError>;
 
     /// When that call was, in nanoseconds since the start of recording.
-    fn time_ns(&self) -> u64;
-
-    /// Whether the order of calls of different threads may be wrong, so that [`RecordSource::postpone`] may help.
-    fn is_unsure(&self) -> bool;
-
-    /// Puts the last call off until `awaited` was told; false if that is not to come.
-    fn postpone(&mut self, awaited: Awaited) -> bool;
+    fn time_ns(&mut self) -> u64;
 
     /// The last call is recorded: its thread may go on.
     fn proceed(&mut self) -> Result<(), RecordError>;
@@ -99,21 +93,19 @@ pub fn gives_out(observation: &Observation) -> bool {
     matches!(observation, Observation::Ended { answer: Answer::Address(_), .. })
 }
 
-/// Enters a source's last call into the ledger, unless it has to wait for another.
+/// Enters a source's last call into the ledger.
 #[inline]
 pub fn enter(
     source: &mut impl RecordSource,
     ledger: &mut Ledger,
     (tid, observation, interval): (i32, Observation, u64),
 ) -> Result<(), RecordError> {
-    if source.is_unsure()
-        && let Some(awaited) = ledger.awaits(&observation)
-        && source.postpone(awaited)
-    {
-        return Ok(());
+    let mut stack = StackId::EMPTY;
+    if gives_out(&observation) {
+        let Some(known) = source.stack(ledger.writer())? else { return Ok(()) };
+        stack = known;
     }
     ledger.time(source.time_ns());
-    let stack = if gives_out(&observation) { source.stack(ledger.writer())? } else { StackId::EMPTY };
     ledger.observe(tid, observation, Origin { stack, interval })?;
     source.proceed()
 }

@@ -6,7 +6,6 @@
 use super::RecordError;
 use super::ledger::{Ledger, Origin};
 use super::locations::Locations;
-use super::merge::Awaited;
 use super::source::{Finished, RecordSource, SourceEvent, gives_out};
 use crate::capture::{CaptureWriter, StackId};
 use crate::cpython::{CodeTable, Location, PageCache, Python, RawFrame};
@@ -178,20 +177,12 @@ impl RecordSource for TrapSource {
         }
     }
 
-    fn stack(&mut self, writer: &mut CaptureWriter) -> Result<StackId, RecordError> {
-        self.locations.intern(&self.reader.stack, writer)
+    fn stack(&mut self, writer: &mut CaptureWriter) -> Result<Option<StackId>, RecordError> {
+        self.locations.intern(&self.reader.stack, writer).map(Some)
     }
 
-    fn time_ns(&self) -> u64 {
+    fn time_ns(&mut self) -> u64 {
         self.start.elapsed().as_nanos() as u64
-    }
-
-    fn is_unsure(&self) -> bool {
-        false
-    }
-
-    fn postpone(&mut self, _: Awaited) -> bool {
-        false
     }
 
     fn proceed(&mut self) -> Result<(), RecordError> {

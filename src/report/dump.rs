@@ -5,7 +5,7 @@
 use super::ReportError;
 use super::facts::{file_warnings, write_header};
 use super::names::{location, place};
-use super::text::{escaped, terminal_safe_json};
+use super::text::{escaped, size, terminal_safe_json};
 use crate::capture::{
     Allocation, CaptureError, CaptureReader, FrameId, LiveSet, Record, StackId, StackTable, each,
 };
@@ -70,6 +70,13 @@ pub fn dump(
         write_line(&header, out)?;
     } else {
         write_header(reader.header(), out)?;
+        if let Some(mean) = reader.header().sampling_mean_bytes {
+            let mean = size(mean);
+            writeln!(
+                out,
+                "Sampled at {mean} mean: weight is how many allocations a recorded one stands for"
+            )?;
+        }
         writeln!(out)?;
     }
     let sampled = reader.header().sampling_mean_bytes.is_some();
