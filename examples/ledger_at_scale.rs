@@ -10,7 +10,8 @@ use heaptap::capture::{BreakpointKind, CaptureWriter, EndReason, Header, Trailer
 use heaptap::cpython::Location;
 use heaptap::probe::calls::Observation;
 use heaptap::probe::function::{Answer, Function, Request};
-use heaptap::recorder::ledger::Ledger;
+use heaptap::recorder::ledger::{Ledger, Origin};
+use heaptap::recorder::locations::Locations;
 use std::collections::VecDeque;
 use std::error::Error;
 use std::sync::Arc;
@@ -155,7 +156,13 @@ trait Take {
     ) -> Result<(), Box<dyn Error>>;
 }
 
-impl Take for Ledger {
+/// The recording side.
+struct Recorder {
+    ledger: Ledger,
+    locations: Locations,
+}
+
+impl Take for Recorder {
     fn call(
         &mut self,
         at: u64,
@@ -163,8 +170,9 @@ impl Take for Ledger {
         call: Observation,
         stack: &[Location],
     ) -> Result<(), Box<dyn Error>> {
-        self.time(at * NS_PER_EVENT);
-        Ok(self.observe(tid, call, stack)?)
+        self.ledger.time(at * NS_PER_EVENT);
+        let stack = self.locations.intern(stack, self.ledger.writer())?;
+        Ok(self.ledger.observe(tid, call, Origin { stack, interval: 0 })?)
     }
 }
 
@@ -215,8 +223,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             command_line: vec!["made-up".into(), "server".into()],
             ..Header::default()
         };
-        let mut ledger = Ledger::new(CaptureWriter::create(capture, true, &header)?, 4096);
-        seconds = run(&mut server, events, &mut ledger)?;
+        let ledger = Ledger::new(CaptureWriter::create(capture, true, &header)?, 4096);
+        let mut recorder = Recorder { ledger, locations: Locations::default() };
+        seconds = run(&mut server, events, &mut recorder)?;
+        let mut ledger = recorder.ledger;
         kept = ledger.live().live_blocks();
         let duration_ns = server.events * NS_PER_EVENT;
         let counters = ledger.writer().counters();

@@ -121,8 +121,14 @@ pub struct State {
     pub without_slot: u64,
     /// Calls of signal handlers that came while the agent itself ran on their thread: passed through.
     pub in_agent: u64,
-    /// Keeps what follows from the line of what the controller writes.
+    /// Keeps what follows on a line of its own.
     pub padding: [u64; 8],
+    /// Number of the slot whose thread recorded last.
+    pub last: u32,
+    /// Keeps what follows on a line of its own.
+    pub more_padding: [u32; 15],
+    /// Where the events' numbers come from.
+    pub stripes: [Stripe; STRIPES],
     /// One for each thread.
     pub slots: [Slot; SLOTS],
     /// How many sampled blocks hash here, 255 for ever once reached.
@@ -172,7 +178,7 @@ pub struct Slot {
     pub ring: u32,
     /// Where its ring ends for now: `tail` as last read.
     pub tail: u64,
-    /// Events until the heartbeat is looked at again.
+    /// Events until a silent controller is looked for again.
     pub until_look: u32,
     /// Set when a wait ran out; no more waiting before the controller has moved on.
     pub gave_up: u32,
@@ -180,13 +186,23 @@ pub struct Slot {
     pub spent: u64,
     /// Events dropped for want of room.
     pub dropped: u64,
+    /// Address of its ring's control words.
+    pub control: u64,
+    /// Address of its ring's data.
+    pub data: u64,
+    /// The heartbeat that was last told as the time.
+    pub epoch: u64,
+    /// Turns told since then.
+    pub turns: u32,
+    /// Its index + 1.
+    pub number: u32,
 }
 
 /// Control words of a ring. All positions count bytes from the start and never wrap; a record lies at
 /// `position % ring_len`.
 #[repr(C, align(128))]
 pub struct RingControl {
-    /// End of what is published; bit 0 is set while the writer stamps and writes a record (positions are multiples of 8).
+    /// End of what is published.
     pub head: u64,
     /// Which thread writes: for ring 0 the id of the last writer, whose change a THREAD record told.
     pub tid: u32,
@@ -203,7 +219,7 @@ pub struct RingControl {
 /// The first page of the ring memory; [`RingControl`]s follow it, then the data, from the next page on.
 #[repr(C)]
 pub struct SharedControl {
-    /// Time stamp counter, written by the controller at least every 50 ms.
+    /// Time stamp counter, written by the controller at least every 50 ms, while it drains about every 20 µs.
     pub heartbeat: u64,
 }
 
@@ -224,8 +240,29 @@ pub const fn ring_memory_len(ring_count: usize, ring_len: usize) -> usize {
     ring_data_at(ring_count, ring_len, ring_count)
 }
 
-/// The first word of every record: kind in bits 0..8, [`function`] in 8..16, low 48 bits of the time stamp counter in
-/// 16..64. Records are whole numbers of 8-byte words and never wrap around the end of the data.
+/// Counters that order events: one for the addresses of some 64 KiB ranges each. Events of different threads about one address have
+/// numbers of one stripe, taken in causal order: before the call that gives a block back, after the one that gives it out.
+pub const STRIPES: usize = 1 << 10;
+
+/// The stripe of an address. The mmap family has [`MAPPING_STRIPE`] for all of its calls: ranges overlap.
+#[inline(always)]
+pub const fn stripe(address: u64) -> usize {
+    ((address >> 16).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54) as usize
+}
+
+/// See [`stripe`].
+pub const MAPPING_STRIPE: usize = 0;
+
+/// A stripe's counter, on a cache line of its own.
+#[repr(C, align(64))]
+pub struct Stripe {
+    /// The next number.
+    pub next: u32,
+}
+
+/// The first word of every record: kind in bits 0..8, [`function`] in 8..16, in 32..64 the event's number in its [`stripe`] (exact
+/// mode; FREE, FREE_INSIDE, ALLOC, BEGIN by its first argument, END by its result; none for a call that failed). Records are
+/// whole numbers of 8-byte words and never wrap around the end of the data.
 pub mod record {
     /// Nothing up to the end of the data.
     pub const PAD: u8 = 1;
@@ -251,6 +288,9 @@ pub mod record {
     pub const CODE: u8 = 9;
     /// `[_, tid]`: the records that follow in this ring are this thread's.
     pub const THREAD: u8 = 10;
+    /// `[_, stamp]`: the time (time stamp counter) of the records that follow in this ring. Coarse: it moves with the
+    /// controller's heartbeat, and precisely where threads take turns.
+    pub const TIME: u8 = 11;
 }
 
 /// [`record::END`]: see there.
@@ -260,7 +300,7 @@ pub const NOT_SAMPLED: u64 = u64::MAX;
 pub mod part {
     /// Two i32: first line, first traceable instruction.
     pub const NUMBERS: u32 = 0;
-    /// Qualified name (name before 3.11), 1 byte per character. Longer than 4096 characters: cut.
+    /// Qualified name (name before 3.11), 1 byte per character. Longer than 4096 characters: one more, then cut.
     pub const NAME_1: u32 = 1;
     /// The same, 2 bytes.
     pub const NAME_2: u32 = 2;
@@ -322,6 +362,8 @@ pub struct PythonFacts {
     pub c: u64,
     /// Address of the word that names the thread state that finalizes the runtime.
     pub finalizing: u64,
+    /// Address of `PyCode_Type`; 0 where it is not known.
+    pub code_type: u64,
     /// Of `PyThreadState`: the thread pointer of its thread.
     pub thread_id: u32,
     /// Of `PyThreadState`: first frame, or the `_PyCFrame`.
@@ -342,6 +384,8 @@ pub struct PythonFacts {
     pub shim_owner: u32,
     /// Bits that are masked off a frame's pointer to its code.
     pub code_mask: u32,
+    /// Of any object: its type.
+    pub ob_type: u32,
     /// Of a code object: its bytecode.
     pub bytecode: u32,
     /// Of a code object: the array of copies of it (free-threaded).
@@ -378,4 +422,49 @@ pub struct PythonFacts {
     pub str_compact_bit: u32,
     /// Bit of `str_state`: ASCII.
     pub str_ascii_bit: u32,
+}
+
+impl PythonFacts {
+    /// As it lies in memory.
+    pub fn to_bytes(&self) -> [u8; size_of::<Self>()] {
+        let mut bytes = [0; size_of::<Self>()];
+        let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+        put(core::mem::offset_of!(Self, own_state), &self.own_state.to_le_bytes());
+        put(core::mem::offset_of!(Self, chain), &self.chain.to_le_bytes());
+        put(core::mem::offset_of!(Self, a), &self.a.to_le_bytes());
+        put(core::mem::offset_of!(Self, b), &self.b.to_le_bytes());
+        put(core::mem::offset_of!(Self, c), &self.c.to_le_bytes());
+        put(core::mem::offset_of!(Self, finalizing), &self.finalizing.to_le_bytes());
+        put(core::mem::offset_of!(Self, code_type), &self.code_type.to_le_bytes());
+        put(core::mem::offset_of!(Self, thread_id), &self.thread_id.to_le_bytes());
+        put(core::mem::offset_of!(Self, first_frame), &self.first_frame.to_le_bytes());
+        put(core::mem::offset_of!(Self, cframe_frame), &self.cframe_frame.to_le_bytes());
+        put(core::mem::offset_of!(Self, previous), &self.previous.to_le_bytes());
+        put(core::mem::offset_of!(Self, code), &self.code.to_le_bytes());
+        put(core::mem::offset_of!(Self, instruction), &self.instruction.to_le_bytes());
+        put(core::mem::offset_of!(Self, lasti_unit), &self.lasti_unit.to_le_bytes());
+        put(core::mem::offset_of!(Self, owner), &self.owner.to_le_bytes());
+        put(core::mem::offset_of!(Self, shim_owner), &self.shim_owner.to_le_bytes());
+        put(core::mem::offset_of!(Self, code_mask), &self.code_mask.to_le_bytes());
+        put(core::mem::offset_of!(Self, ob_type), &self.ob_type.to_le_bytes());
+        put(core::mem::offset_of!(Self, bytecode), &self.bytecode.to_le_bytes());
+        put(core::mem::offset_of!(Self, co_tlbc), &self.co_tlbc.to_le_bytes());
+        put(core::mem::offset_of!(Self, tlbc_index), &self.tlbc_index.to_le_bytes());
+        put(core::mem::offset_of!(Self, co_name), &self.co_name.to_le_bytes());
+        put(core::mem::offset_of!(Self, co_filename), &self.co_filename.to_le_bytes());
+        put(core::mem::offset_of!(Self, co_linetable), &self.co_linetable.to_le_bytes());
+        put(core::mem::offset_of!(Self, co_firstlineno), &self.co_firstlineno.to_le_bytes());
+        put(core::mem::offset_of!(Self, co_firsttraceable), &self.co_firsttraceable.to_le_bytes());
+        put(core::mem::offset_of!(Self, bytes_size), &self.bytes_size.to_le_bytes());
+        put(core::mem::offset_of!(Self, bytes_data), &self.bytes_data.to_le_bytes());
+        put(core::mem::offset_of!(Self, str_state), &self.str_state.to_le_bytes());
+        put(core::mem::offset_of!(Self, str_length), &self.str_length.to_le_bytes());
+        put(core::mem::offset_of!(Self, str_ascii_data), &self.str_ascii_data.to_le_bytes());
+        put(core::mem::offset_of!(Self, str_compact_data), &self.str_compact_data.to_le_bytes());
+        put(core::mem::offset_of!(Self, str_data), &self.str_data.to_le_bytes());
+        put(core::mem::offset_of!(Self, str_kind_bit), &self.str_kind_bit.to_le_bytes());
+        put(core::mem::offset_of!(Self, str_compact_bit), &self.str_compact_bit.to_le_bytes());
+        put(core::mem::offset_of!(Self, str_ascii_bit), &self.str_ascii_bit.to_le_bytes());
+        bytes
+    }
 }

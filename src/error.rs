@@ -157,12 +157,18 @@ fn record_exit(error: &RecordError) -> Exit {
         RecordError::Probe(ProbeError::Trace(_) | ProbeError::Read(_) | ProbeError::NotRestored { .. }) => {
             Exit::Failed
         }
-        RecordError::Fact(_) | RecordError::Read(_) | RecordError::Panicked { .. } => Exit::Failed,
+        RecordError::Fact(_)
+        | RecordError::Read(_)
+        | RecordError::Ring(_)
+        | RecordError::Thread { .. }
+        | RecordError::SwitchedOff { .. }
+        | RecordError::Panicked { .. } => Exit::Failed,
         RecordError::Attach(_)
         | RecordError::Image(_)
         | RecordError::Locate(_)
         | RecordError::Layout(_)
         | RecordError::Allocators(_)
+        | RecordError::CodeDealloc(_)
         | RecordError::NotRecordable { .. }
         | RecordError::Probe(_) => Exit::Refused,
     }
@@ -192,8 +198,12 @@ fn record_hint(error: &RecordError) -> Option<String> {
         RecordError::Image(_) => Some("`heaptap doctor --pid PID` shows what was found".into()),
         RecordError::Allocators(_) => Some("record without --python-allocators".into()),
         RecordError::Panicked { .. } => Some("please report it, with what you did".into()),
+        RecordError::CodeDealloc(_) => Some("record it with --breakpoints trap, which is much slower".into()),
         RecordError::NotRecordable { .. }
         | RecordError::Trace(_)
+        | RecordError::Ring(_)
+        | RecordError::Thread { .. }
+        | RecordError::SwitchedOff { .. }
         | RecordError::Fact(_)
         | RecordError::Read(_) => None,
     }

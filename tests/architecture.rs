@@ -24,6 +24,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
             "recorder",
             &[
                 "probe",
+                "agent_abi",
                 "python_binary",
                 "cpython",
                 "inferior",

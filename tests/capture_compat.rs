@@ -21,7 +21,7 @@ fn dumped(path: &Path) -> String {
 #[test]
 #[ignore = "makes a fixture"]
 fn write_golden_capture() {
-    script::shop(&golden(1));
+    script::shop_sampled(&golden(2));
 }
 
 #[test]
@@ -30,22 +30,42 @@ fn version_1_is_read_record_by_record_as_when_it_was_written() {
 }
 
 #[test]
-fn what_is_written_today_means_the_same_as_the_golden_file() {
+fn version_2_is_read_record_by_record_as_when_it_was_written() {
+    insta::assert_snapshot!(dumped(&golden(2)));
+}
+
+#[test]
+fn what_is_written_today_means_the_same_as_the_golden_files() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("today.heaptap");
     script::shop(&path);
     assert_eq!(dumped(&path), dumped(&golden(1)));
+    let path = dir.path().join("sampled.heaptap");
+    script::shop_sampled(&path);
+    assert_eq!(dumped(&path), dumped(&golden(2)));
+}
+
+#[test]
+fn the_versions_differ_in_what_a_reader_must_know() {
+    let prefix = |version| std::fs::read(golden(version)).unwrap()[8..12].to_vec();
+    assert_eq!((prefix(1), prefix(2)), (vec![1, 0, 0, 0], vec![2, 0, 0, 1]));
+}
+
+fn recorder_and_analysis_agree(version: u32) {
+    let findings = analyse(CaptureReader::open(golden(version)).unwrap(), View::HighWaterMark).unwrap();
+    let counters = findings.trailer.as_ref().unwrap().counters;
+    assert_eq!(findings.peak.bytes(), counters.peak_live_bytes);
+    assert_eq!((findings.live.bytes(), findings.live.count()), (counters.live_bytes, counters.live_blocks));
+    assert_eq!(findings.events, counters.events);
+    assert_eq!((findings.frees, findings.unmaps), (counters.frees, counters.unmaps));
+    assert_eq!((findings.missing.missed_frees, findings.missing.missed_allocations), (0, 0));
 }
 
 #[test]
 fn the_recorder_and_the_analysis_agree_on_what_is_live() {
+    recorder_and_analysis_agree(1);
+    recorder_and_analysis_agree(2);
     let findings = analyse(CaptureReader::open(golden(1)).unwrap(), View::HighWaterMark).unwrap();
-    let counters = findings.trailer.as_ref().unwrap().counters;
-    assert_eq!(findings.peak_bytes, counters.peak_live_bytes);
-    assert_eq!((findings.live.bytes, findings.live.count), (counters.live_bytes, counters.live_blocks));
-    assert_eq!(findings.events, counters.events);
-    assert_eq!((findings.frees, findings.unmaps), (counters.frees, counters.unmaps));
-    assert_eq!((findings.missing.missed_frees, findings.missing.missed_allocations), (0, 0));
     // 39 cache entries of 1 KiB and a quarter of the mapping are left.
-    assert_eq!(counters.live_bytes, 39 * 1024 + (1 << 18));
+    assert_eq!(findings.live.bytes(), 39 * 1024 + (1 << 18));
 }

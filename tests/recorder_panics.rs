@@ -32,6 +32,7 @@ fn a_panic_while_recording_lets_the_target_go() {
         duration: None,
         python_allocators: false,
         unsafe_trap: false,
+        jump: None,
     };
     let summary = record(&options, &mut Panics).unwrap();
     assert!(summary.failed.unwrap().contains("an observer that has had enough"));

@@ -4,7 +4,7 @@ mod script;
 
 use heaptap::addr::RemoteAddr;
 use heaptap::capture::{AllocatorKind, BreakpointKind, DropReason, Free, Header, StackId};
-use script::{Script, header, heaptap, shop, shop_events};
+use script::{Script, header, heaptap, sampled_header, shop, shop_events, shop_sampled, shop_sampled_events};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -70,6 +70,86 @@ fn every_json_report_is_as_agreed() {
         serde_json::from_str::<serde_json::Value>(&text).unwrap();
         insta::assert_snapshot!(*name, text);
     }
+}
+
+/// A directory with a sampled capture in it.
+fn sampled_dir() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sampled.heaptap");
+    shop_sampled(&path);
+    (dir, path)
+}
+
+#[test]
+fn reports_of_a_sampled_capture_are_as_agreed() {
+    let (_dir, capture) = sampled_dir();
+    let cases: &[(&str, &[&str])] = &[
+        ("sampled_summary", &["summary"]),
+        ("sampled_summary_json", &["summary", "--json", "--leaks"]),
+        ("sampled_table", &["table"]),
+        ("sampled_table_temporary", &["table", "--temporary"]),
+        ("sampled_table_json", &["table", "--json"]),
+        ("sampled_tree", &["tree"]),
+        ("sampled_tree_json", &["tree", "--json", "--max-stacks", "1"]),
+        ("sampled_stats", &["stats"]),
+        ("sampled_stats_json", &["stats", "--json"]),
+        ("sampled_dump_leaks", &["dump", "--leaks"]),
+    ];
+    for (name, arguments) in cases {
+        insta::assert_snapshot!(*name, stdout(arguments, &capture));
+    }
+}
+
+#[test]
+fn every_report_of_a_sampled_capture_says_so_and_what_was_dropped() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("lossy.heaptap");
+    let mut script = Script::create(&path, &sampled_header());
+    shop_sampled_events(&mut script);
+    script.writer.dropped(17, DropReason::BufferFull).unwrap();
+    script.finish();
+    for verb in ["summary", "table", "tree", "stats"] {
+        let text = stdout(&[verb], &path);
+        let line = text.lines().find(|line| line.starts_with("Sampled at 512.0 KiB mean")).unwrap();
+        assert!(line.contains("± is their error at 95 %") && line.ends_with("; 17 events dropped"), "{line}");
+        let document = json(&[verb, "--json"], &path);
+        assert_eq!(document["estimated"], true);
+        assert_eq!(document["run"]["sampling"]["samples"], 123);
+        assert_eq!(document["run"]["sampling"]["largest_interval_bytes"], 1 << 20);
+    }
+    let svg = stdout(&["flamegraph", "-o", "-"], &path);
+    assert!(
+        svg.contains("17 EVENTS WERE DROPPED; estimates (± 95 %) from a sample at 512.0 KiB mean"),
+        "{svg}"
+    );
+    assert!(svg.contains("heaptap: pid 4242, 43.1 MiB ±11.4"), "{svg}");
+    // Exact captures have none of these fields.
+    let (_dir, exact) = shop_dir();
+    for verb in ["summary", "table", "tree", "stats"] {
+        let text = stdout(&[verb, "--json"], &exact);
+        assert!(
+            !text.contains("estimated") && !text.contains("error_95") && !text.contains("samples"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn estimates_of_the_reports_agree_with_each_other() {
+    let (_dir, capture) = sampled_dir();
+    let (summary, table, stats) = (
+        json(&["summary", "--json"], &capture),
+        json(&["table", "--json"], &capture),
+        json(&["stats", "--json"], &capture),
+    );
+    assert_eq!(summary["total_bytes"], stats["peak_bytes"]);
+    assert_eq!(summary["total_bytes_error_95"], stats["peak_bytes_error_95"]);
+    let sum: u64 =
+        table["allocations"].as_array().unwrap().iter().map(|row| row["bytes"].as_u64().unwrap()).sum();
+    // Each row is rounded by itself.
+    assert!(sum.abs_diff(summary["total_bytes"].as_u64().unwrap()) <= 5);
+    // What failed, and what was freed of blocks from before, a sample does not tell.
+    assert!(stats["failed_allocations"].is_null() && stats["frees_from_before"].is_null());
 }
 
 #[test]

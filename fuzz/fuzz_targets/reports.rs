@@ -6,7 +6,7 @@
 
 use heaptap::analysis::{View, analyse};
 use heaptap::capture::CaptureReader;
-use heaptap::capture::format::{MAGIC, VERSION, codec, kind};
+use heaptap::capture::format::{FLAG_SAMPLED, MAGIC, VERSION, codec, kind};
 use heaptap::report::dump::dump;
 use heaptap::report::{FlameGraph, Format, Report, Stats, Summary, Table, Tree};
 use libfuzzer_sys::fuzz_target;
@@ -32,10 +32,10 @@ fn chunk(kind: u8, content: &[u8], out: &mut Vec<u8>) {
 }
 
 fuzz_target!(|events: &[u8]| {
-    let mut file = [&MAGIC[..], &VERSION.to_le_bytes(), &[0, 0]].concat();
+    let mut file = [&MAGIC[..], &VERSION.to_le_bytes(), &FLAG_SAMPLED.to_le_bytes()].concat();
     let crc = crc32(&file);
     file.extend(crc.to_le_bytes());
-    chunk(kind::HEADER, b"{}", &mut file);
+    chunk(kind::HEADER, br#"{"sampling_mean_bytes": 1024}"#, &mut file);
     for part in events.chunks(1 << 16) {
         chunk(kind::EVENTS, part, &mut file);
     }

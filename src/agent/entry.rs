@@ -7,6 +7,7 @@
 use crate::abi::{
     Descriptor, FILTER_HASH, FILTER_LOG2, SLOT_HASH, SLOTS_LOG2, Slot, State,
 };
+use crate::exact::{free_exact, malloc_exact};
 use crate::hooks::{Call, enter, leave};
 use crate::python::forget_code;
 use core::arch::naked_asm;
@@ -58,6 +59,54 @@ pub unsafe extern "C" fn heaptap_any() {
         original = const offset_of!(Descriptor, original),
         enter = sym enter,
         leave = sym leave,
+    )
+}
+
+/// malloc, every one. Runs the function from here whatever comes; switched off, passes it on by a jump.
+#[unsafe(no_mangle)]
+#[unsafe(naked)]
+pub unsafe extern "C" fn heaptap_malloc_exact() {
+    naked_asm!(
+        "mov rax, [r11 + {state}]",
+        "cmp dword ptr [rax + {enabled}], 0",
+        "je 2f",
+        "mov rsi, r11",
+        "mov rdx, rsp",
+        "jmp {malloc}",
+        "2:",
+        "jmp [r11 + {original}]",
+        state = const offset_of!(Descriptor, state),
+        original = const offset_of!(Descriptor, original),
+        enabled = const offset_of!(State, enabled),
+        malloc = sym malloc_exact,
+    )
+}
+
+/// free, every one: told, then passed on by a jump.
+#[unsafe(no_mangle)]
+#[unsafe(naked)]
+pub unsafe extern "C" fn heaptap_free_exact() {
+    naked_asm!(
+        "mov rax, [r11 + {state}]",
+        "cmp dword ptr [rax + {enabled}], 0",
+        "je 2f",
+        "test rdi, rdi",
+        "je 2f",
+        "mov rdx, rsp",
+        "push rdi",
+        "push r11",
+        "sub rsp, 8",
+        "mov rsi, r11",
+        "call {free}",
+        "add rsp, 8",
+        "pop r11",
+        "pop rdi",
+        "2:",
+        "jmp [r11 + {original}]",
+        state = const offset_of!(Descriptor, state),
+        original = const offset_of!(Descriptor, original),
+        enabled = const offset_of!(State, enabled),
+        free = sym free_exact,
     )
 }
 

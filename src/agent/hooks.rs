@@ -48,6 +48,30 @@ enum Action {
     EndsUnsampled,
 }
 
+/// The calling thread's slot, marked as in the agent, for a call whose stack pointer is `rsp`; null where it has to be passed on.
+/// [`idle`] must follow.
+#[inline(always)]
+pub unsafe fn begin_call(state: *mut State, rsp: u64, mapping: bool) -> *mut Slot {
+    let slot = slot::find(state, mapping);
+    if slot.is_null() {
+        AtomicU64::from_ptr(&raw mut (*state).without_slot).fetch_add(1, Ordering::Relaxed);
+        return slot;
+    }
+    let tid = (((*slot).key + (*state).tid_offset) as *const u32).read_volatile();
+    if tid != (*slot).tid {
+        // A new thread, in the place of one that ended.
+        (*slot).tid = tid;
+        (*slot).depth = 0;
+        (*slot).in_agent = 0;
+    }
+    if (*slot).in_agent != 0 && !thrown_out(state, slot, rsp) {
+        AtomicU64::from_ptr(&raw mut (*state).in_agent).fetch_add(1, Ordering::Relaxed);
+        return core::ptr::null_mut();
+    }
+    busy(slot, rsp);
+    slot
+}
+
 /// At the entry. 0: the call is passed on by a jump. 1: it is run from here, and [`leave`] called.
 pub unsafe extern "C" fn enter(call: *mut Call) -> u64 {
     let descriptor = (*call).descriptor;
@@ -57,24 +81,11 @@ pub unsafe extern "C" fn enter(call: *mut Call) -> u64 {
     }
     let function = (*descriptor).function as u8;
     let mapping = matches!(function, f::MMAP | f::MUNMAP | f::MREMAP);
-    let slot = slot::find(state, mapping);
-    if slot.is_null() {
-        AtomicU64::from_ptr(&raw mut (*state).without_slot).fetch_add(1, Ordering::Relaxed);
-        return 0;
-    }
     let rsp = call as u64;
-    let tid = ((machine::thread_pointer() + (*state).tid_offset) as *const u32).read_volatile();
-    if tid != (*slot).tid {
-        // A new thread, in the place of one that ended.
-        (*slot).tid = tid;
-        (*slot).depth = 0;
-        (*slot).in_agent = 0;
-    }
-    if (*slot).in_agent != 0 && !thrown_out(state, slot, rsp) {
-        AtomicU64::from_ptr(&raw mut (*state).in_agent).fetch_add(1, Ordering::Relaxed);
+    let slot = begin_call(state, rsp, mapping);
+    if slot.is_null() {
         return 0;
     }
-    busy(slot, rsp);
     let wrap = if is_inside(state, slot, rsp) {
         nested(state, slot, call, function);
         false
@@ -115,14 +126,14 @@ pub unsafe extern "C" fn leave(call: *mut Call) {
 }
 
 #[inline(always)]
-unsafe fn busy(slot: *mut Slot, rsp: u64) {
+pub unsafe fn busy(slot: *mut Slot, rsp: u64) {
     (*slot).agent_rsp = rsp;
     (&raw mut (*slot).in_agent).write_volatile(1);
     compiler_fence(Ordering::SeqCst);
 }
 
 #[inline(always)]
-unsafe fn idle(slot: *mut Slot) {
+pub unsafe fn idle(slot: *mut Slot) {
     compiler_fence(Ordering::SeqCst);
     (&raw mut (*slot).in_agent).write_volatile(0);
 }
@@ -131,6 +142,7 @@ unsafe fn idle(slot: *mut Slot) {
 /// agent by a longjmp out of such a handler (true). A stack pointer above the agent's says the latter, unless the handler has
 /// a stack of its own.
 #[cold]
+#[inline(never)]
 unsafe fn thrown_out(state: *mut State, slot: *mut Slot, rsp: u64) -> bool {
     rsp > (*slot).agent_rsp
         && (*state).flags & may::MAKE_CALLS != 0
@@ -139,12 +151,13 @@ unsafe fn thrown_out(state: *mut State, slot: *mut Slot, rsp: u64) -> bool {
 
 /// Whether the entry at `rsp` is made from within a call under way.
 #[inline(always)]
-unsafe fn is_inside(state: *mut State, slot: *mut Slot, rsp: u64) -> bool {
+pub unsafe fn is_inside(state: *mut State, slot: *mut Slot, rsp: u64) -> bool {
     (*slot).depth != 0 && (rsp < (*slot).depth_rsp || !was_left(state, slot))
 }
 
 /// The entry is above the call under way: that was left without a return, unless a signal handler runs on a stack of its own.
 #[cold]
+#[inline(never)]
 unsafe fn was_left(state: *mut State, slot: *mut Slot) -> bool {
     if (*state).flags & may::MAKE_CALLS != 0 && machine::on_alternate_stack() {
         return false;
@@ -158,8 +171,8 @@ unsafe fn nested(state: *mut State, slot: *mut Slot, call: *mut Call, function: 
     let first = first_argument(call, function);
     let frees = is_free(function) && first != 0;
     if (*state).exact != 0 {
-        if frees && let Some(mut ring) = ring::acquire(state, slot) {
-            ring.push(record::FREE_INSIDE, function, &[first]);
+        if frees && let Some(ring) = ring::acquire(state, slot) {
+            ring.push_event(record::FREE_INSIDE, function, first, &[first]);
             ring.release();
         }
         return;
@@ -235,8 +248,8 @@ unsafe fn size(call: *mut Call, function: u8) -> Option<u64> {
 /// BEGIN of a call that may give something back.
 unsafe fn begin(state: *mut State, slot: *mut Slot, call: *mut Call, function: u8) -> bool {
     let words = [argument(call, function, 0), argument(call, function, 1), argument(call, function, 2)];
-    let Some(mut ring) = ring::acquire(state, slot) else { return false };
-    let told = ring.push(record::BEGIN, function, &words);
+    let Some(ring) = ring::acquire(state, slot) else { return false };
+    let told = ring.push_event(record::BEGIN, function, words[0], &words);
     ring.release();
     told
 }
@@ -271,8 +284,8 @@ unsafe fn enter_exact(state: *mut State, slot: *mut Slot, call: *mut Call, funct
 
 #[inline(always)]
 unsafe fn free_exact(state: *mut State, slot: *mut Slot, function: u8, block: u64) {
-    if block != 0 && let Some(mut ring) = ring::acquire(state, slot) {
-        ring.push(record::FREE, function, &[block]);
+    if block != 0 && let Some(ring) = ring::acquire(state, slot) {
+        ring.push_event(record::FREE, function, block, &[block]);
         ring.release();
     }
 }
@@ -328,16 +341,16 @@ unsafe fn address(call: *mut Call, function: u8) -> u64 {
 unsafe fn tell(state: *mut State, slot: *mut Slot, call: *mut Call, action: Action) {
     let start = if (*state).exact == 0 { machine::ticks() } else { 0 };
     let function = (*(*call).descriptor).function as u8;
-    let Some(mut ring) = ring::acquire(state, slot) else {
+    let Some(ring) = ring::acquire(state, slot) else {
         not_told(state, call, function, action);
         return;
     };
     let address = address(call, function);
     // The stack of a failed call is nobody's; that of an unmap and of an unsampled block neither.
     let gives_out = address != 0 && function != f::MUNMAP && action != Action::EndsUnsampled;
-    let stack = if gives_out { stacks::current(state, &mut ring) } else { Some(0) };
+    let stack = if gives_out { stacks::current(state, ring) } else { Some(0) };
     let told = match stack {
-        Some(stack) => write(state, call, &mut ring, function, action, address, stack),
+        Some(stack) => write(state, call, ring, function, action, address, stack),
         None => false,
     };
     ring.release();
@@ -353,7 +366,7 @@ unsafe fn tell(state: *mut State, slot: *mut Slot, call: *mut Call, action: Acti
 unsafe fn write(
     state: *mut State,
     call: *mut Call,
-    ring: &mut Ring,
+    ring: Ring,
     function: u8,
     action: Action,
     address: u64,
@@ -365,13 +378,14 @@ unsafe fn write(
     };
     match action {
         Action::None => true,
-        Action::Allocates => ring.push(record::ALLOC, function, &[address, asked, stack]),
+        Action::Allocates => ring.push_event(record::ALLOC, function, address, &[address, asked, stack]),
         Action::Samples if address == 0 => true,
         Action::Samples => {
             if !sample::track(state, address) {
                 return false;
             }
-            let told = ring.push(record::SAMPLE, function, &[address, asked, stack, (*call).interval]);
+            let words = [address, asked, stack, (*call).interval];
+            let told = ring.push_event(record::SAMPLE, function, address, &words);
             if !told {
                 sample::untrack(state, address);
             }
@@ -389,7 +403,7 @@ unsafe fn write(
             } else if !exact && action == Action::Ends && address != 0 && !sample::track(state, address) {
                 interval = NOT_SAMPLED;
             }
-            ring.push(record::END, function, &[(*call).result, stack, interval])
+            ring.push_event(record::END, function, (*call).result, &[(*call).result, stack, interval])
         }
     }
 }

@@ -13,6 +13,7 @@
 mod abi;
 mod codes;
 mod entry;
+mod exact;
 mod hooks;
 mod machine;
 mod python;

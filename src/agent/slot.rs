@@ -1,6 +1,8 @@
 //! Threads: finding the calling thread's [`Slot`] by its thread pointer.
 
-use crate::abi::{SLOT_HASH, SLOT_PROBES, SLOTS, SLOTS_LOG2, Slot, State, may};
+use crate::abi::{
+    RING_CONTROLS_AT, RingControl, SLOT_HASH, SLOT_PROBES, SLOTS, SLOTS_LOG2, Slot, State, may, ring_data_at,
+};
 use crate::machine;
 use crate::sample;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -10,13 +12,21 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 /// # Safety
 /// `state` is the agent's state; `mapping` says that the hooked function is of the mmap family, which threads without a
 /// control block may call, too.
+#[inline(always)]
 pub unsafe fn find(state: *mut State, mapping: bool) -> *mut Slot {
     let pointer = if mapping { checked_thread_pointer(state) } else { machine::thread_pointer() };
+    let home = (pointer.wrapping_mul(SLOT_HASH) >> (64 - SLOTS_LOG2)) as usize;
+    let slot = (&raw mut (*state).slots).cast::<Slot>().add(home);
+    if (*slot).key == pointer && pointer != 0 { slot } else { find_or_make(state, pointer, home) }
+}
+
+#[cold]
+#[inline(never)]
+unsafe fn find_or_make(state: *mut State, pointer: u64, home: usize) -> *mut Slot {
     if pointer == 0 {
         return core::ptr::null_mut();
     }
     let slots = (&raw mut (*state).slots).cast::<Slot>();
-    let home = (pointer.wrapping_mul(SLOT_HASH) >> (64 - SLOTS_LOG2)) as usize;
     let mut i = 0;
     while i < SLOT_PROBES {
         let slot = slots.add((home + i) & (SLOTS - 1));
@@ -52,7 +62,11 @@ unsafe fn begin(state: *mut State, slot: *mut Slot) {
         let ring = used.fetch_add(1, Ordering::Relaxed) + 1;
         (*slot).ring = if ring < (*state).ring_count { ring } else { 0 };
     }
-    let index = slot.cast::<u8>().offset_from((&raw mut (*state).slots).cast::<u8>()) as u64;
+    let index = slot.offset_from((&raw mut (*state).slots).cast::<Slot>()) as u64;
+    let (rings, ring, count) = ((*state).rings, (*slot).ring as usize, (*state).ring_count as usize);
+    (*slot).control = rings + (RING_CONTROLS_AT + ring * size_of::<RingControl>()) as u64;
+    (*slot).data = rings + ring_data_at(count, (*state).ring_len as usize, ring) as u64;
+    (*slot).number = index as u32 + 1;
     (*slot).random = ((*state).seed ^ index.wrapping_mul(0x9e37_79b9_7f4a_7c15)) | 1;
     sample::draw(state, slot);
 }

@@ -11,7 +11,7 @@ const GENERATION_SHIFT: u32 = 32;
 ///
 /// # Safety
 /// The thread has a control block; the ring is its to write.
-pub unsafe fn current(state: *mut State, ring: &mut Ring) -> Option<u64> {
+pub unsafe fn current(state: *mut State, ring: Ring) -> Option<u64> {
     let tstate = python::thread_state(&(*state).python, machine::thread_pointer());
     if tstate == 0 {
         return Some(0);
@@ -34,7 +34,7 @@ pub unsafe fn current(state: *mut State, ring: &mut Ring) -> Option<u64> {
 
 #[cold]
 #[inline(never)]
-unsafe fn tell(state: *mut State, tstate: u64, hash: u64, ring: &mut Ring) -> bool {
+unsafe fn tell(state: *mut State, tstate: u64, hash: u64, ring: Ring) -> bool {
     let frames = ring.scratch();
     let (count, cut) = python::frames(state, tstate, frames, MAX_DEPTH);
     let mut i = 0;
@@ -42,7 +42,7 @@ unsafe fn tell(state: *mut State, tstate: u64, hash: u64, ring: &mut Ring) -> bo
         let code = frames.add(2 * i).read();
         let generation = (frames.add(2 * i + 1).read() >> GENERATION_SHIFT) as u32;
         if !codes::is_told(state, code, generation) {
-            let mut emit = |head: &[u64; 4], bytes: *const u8, len: usize| ring.push_code(head, bytes, len);
+            let mut emit = |head: &[u64; 4], bytes: *const u8, len: usize| ring.push_bytes(record::CODE, head, 4, bytes, len);
             if !codes::tell(state, code, generation, &mut emit) {
                 return false;
             }
@@ -51,5 +51,5 @@ unsafe fn tell(state: *mut State, tstate: u64, hash: u64, ring: &mut Ring) -> bo
         i += 1;
     }
     let counted = count as u64 | (cut as u64) << 63;
-    ring.push_with(record::STACK, 0, &[hash, counted], frames.cast(), count * 16)
+    ring.push_bytes(record::STACK, &[hash, counted, 0, 0], 2, frames.cast(), count * 16)
 }

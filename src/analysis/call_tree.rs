@@ -3,11 +3,12 @@
 //! A capture's stacks are a tree already (a parent's id is below its child's), so sums flow up it
 //! in one sweep from the highest id to the lowest: no recursion, however deep a stack is.
 
-use super::site::{SiteTotals, Totals};
+use super::site::SiteTotals;
+use super::totals::Totals;
 use crate::capture::{FrameId, StackId, StackTable};
 
 /// Sums of one node: its own allocations, and those with all its callees'.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct NodeTotals {
     /// Allocations made by this very frame.
     pub own: Totals,
@@ -42,7 +43,7 @@ impl CallTree {
             }
         }
         let mut starts = vec![0u32; lost + 2];
-        let used = |id: usize| nodes[id].total != Totals::default();
+        let used = |id: usize| !nodes[id].total.is_empty();
         for parent in (1..=lost).filter(|id| used(*id)).filter_map(|id| links[id].1) {
             starts[parent.0 as usize + 1] += 1;
         }
@@ -85,7 +86,7 @@ impl CallTree {
             let (start, end) = (self.starts[at] as usize, self.starts[at + 1] as usize);
             let nodes = &self.nodes;
             self.children[start..end]
-                .sort_by(|a, b| nodes[b.0 as usize].total.cmp(&nodes[a.0 as usize].total).then(a.cmp(b)));
+                .sort_by(|a, b| nodes[b.0 as usize].total.compare(&nodes[a.0 as usize].total).then(a.cmp(b)));
         }
     }
 }

@@ -1,13 +1,13 @@
 //! Sums per function: what it allocated itself, and with all it called.
 
 use super::call_tree::CallTree;
-use super::site::Totals;
+use super::totals::Totals;
 use crate::capture::{FrameId, StackId, StackTable};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
 
 /// One function's part.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub struct FunctionRow {
     /// A frame of the function (its name and file are the function's, its line is any);
     /// `None` for allocations without a Python stack.

@@ -3,8 +3,12 @@
 //! At a new peak nothing is copied. Each site remembers which peak its `at_peak` belongs to; before a
 //! site changes, and only then, what it has is kept if a newer peak has come since. At the end a site
 //! that has not changed since the last peak still has what it had then.
+//!
+//! Where records are samples it is the peak of the estimate of what is live. The largest of many estimates is too large
+//! on average: docs/reports.md says by how much.
 
-use super::site::{Site, SiteTable, SiteTotals, Totals, sorted};
+use super::site::{Site, SiteTable, SiteTotals, sorted};
+use super::totals::Totals;
 
 #[derive(Clone, Copy, Default)]
 struct SiteState {
@@ -19,8 +23,8 @@ struct SiteState {
 pub struct HighWaterMark {
     sites: SiteTable,
     states: Vec<SiteState>,
-    live_bytes: u64,
-    peak_bytes: u64,
+    live: Totals,
+    peak: Totals,
     peak_time_ns: u64,
     /// How many peaks there were.
     peaks: u64,
@@ -28,28 +32,25 @@ pub struct HighWaterMark {
 
 impl HighWaterMark {
     /// A block came to live.
-    pub fn add(&mut self, site: Site, bytes: u64, time_ns: u64) {
-        let state = self.touch(site);
-        state.now.add(Totals { bytes, count: 1 });
-        self.live_bytes = self.live_bytes.saturating_add(bytes);
-        if self.live_bytes > self.peak_bytes {
-            self.peak_bytes = self.live_bytes;
+    pub fn add(&mut self, site: Site, block: Totals, time_ns: u64) {
+        self.touch(site).now.add(block);
+        self.live.add(block);
+        if self.live.bytes() > self.peak.bytes() {
+            self.peak = self.live;
             self.peak_time_ns = time_ns;
             self.peaks += 1;
         }
     }
 
-    /// `bytes` of a block went; `ended` if nothing is left of it.
-    pub fn remove(&mut self, site: Site, bytes: u64, ended: bool) {
-        let state = self.touch(site);
-        state.now.bytes = state.now.bytes.saturating_sub(bytes);
-        state.now.count = state.now.count.saturating_sub(u64::from(ended));
-        self.live_bytes = self.live_bytes.saturating_sub(bytes);
+    /// A block went, or a part of a mapping (then without its count).
+    pub fn remove(&mut self, site: Site, part: Totals) {
+        self.touch(site).now.remove(part);
+        self.live.remove(part);
     }
 
-    /// The most bytes live at once.
-    pub fn peak_bytes(&self) -> u64 {
-        self.peak_bytes
+    /// What was live when the most bytes were.
+    pub fn peak(&self) -> Totals {
+        self.peak
     }
 
     /// When that was, in nanoseconds since the start.

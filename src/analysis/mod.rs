@@ -1,6 +1,7 @@
 //! What a capture says: high-water mark, leaks, temporary allocations, totals.
 //!
-//! Pure functions over records, in one pass, with memory bounded by live blocks and distinct sites.
+//! Pure functions over records, in one pass, with memory bounded by live blocks and distinct sites. Where records are samples,
+//! all sums are estimates that know their error.
 //! Knows nothing of files' bytes (`capture`) or of how an answer looks (`report`).
 
 mod call_tree;
@@ -10,11 +11,13 @@ mod replay;
 mod site;
 mod statistics;
 mod temporary;
+mod totals;
 
 pub use call_tree::{CallTree, NodeTotals};
 pub use functions::{FunctionRow, functions};
 pub use high_water_mark::HighWaterMark;
-pub use replay::{Findings, Missing, Replay, View, analyse};
-pub use site::{Site, SiteTotals, Totals};
+pub use replay::{Findings, Missing, Replay, Samples, View, analyse};
+pub use site::{Site, SiteTotals};
 pub use statistics::{AllocatorTotals, LocationTotals, SizeBin, Statistics, locations};
 pub use temporary::Temporary;
+pub use totals::Totals;

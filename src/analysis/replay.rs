@@ -1,9 +1,10 @@
 //! [`Replay`]: the records of a capture once through the live set and everything that counts.
 
 use super::high_water_mark::HighWaterMark;
-use super::site::{Site, SiteTotals, Totals, sum};
+use super::site::{Site, SiteTotals, sum};
 use super::statistics::Statistics;
 use super::temporary::Temporary;
+use super::totals::Totals;
 use crate::capture::{
     Allocation, Block, CaptureError, CaptureReader, CutShort, Damage, Displaced, Free, Header, LiveSet, Part,
     Record, StackTable, Trailer, Unmap,
@@ -36,6 +37,17 @@ pub struct Missing {
     pub missed_allocations: u64,
 }
 
+/// What is known of how a capture was sampled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Samples {
+    /// Allocations that stand for others.
+    pub count: u64,
+    /// The smallest interval that one was drawn with, in bytes; 0 without samples.
+    pub least_interval: u64,
+    /// The largest.
+    pub largest_interval: u64,
+}
+
 /// The sums, while records pass.
 pub struct Replay {
     live: LiveSet,
@@ -44,7 +56,9 @@ pub struct Replay {
     view: View,
     statistics: Statistics,
     missing: Missing,
+    samples: Samples,
     frees: u64,
+    freed: Totals,
     frees_from_before: u64,
     unmaps: u64,
     events: u64,
@@ -71,16 +85,20 @@ pub struct Findings {
     pub statistics: Statistics,
     /// What is not in the records.
     pub missing: Missing,
+    /// How the records were drawn.
+    pub samples: Samples,
     /// Allocations, frees and unmaps read.
     pub events: u64,
-    /// Frees of blocks of the capture.
+    /// Frees of recorded blocks.
     pub frees: u64,
+    /// The blocks that were freed, for what they stand for; those that the records don't have without their bytes.
+    pub freed: Totals,
     /// Frees of blocks from before the attach.
     pub frees_from_before: u64,
     /// Unmaps.
     pub unmaps: u64,
-    /// The most bytes live at once.
-    pub peak_bytes: u64,
+    /// What was live when the most bytes were.
+    pub peak: Totals,
     /// When, in nanoseconds since the start.
     pub peak_time_ns: u64,
     /// What was live at the end.
@@ -103,7 +121,9 @@ impl Replay {
             view,
             statistics: Statistics::default(),
             missing: Missing::default(),
+            samples: Samples::default(),
             frees: 0,
+            freed: Totals::default(),
             frees_from_before: 0,
             unmaps: 0,
             events: 0,
@@ -138,31 +158,38 @@ impl Replay {
         match &self.temporary {
             Some(temporary) => temporary.sites(),
             None if self.view == View::Leaks => {
-                sum(self.live.iter().map(|(block, bytes)| (site(&block), Totals { bytes, count: 1 })))
+                sum(self.live.iter().map(|(block, bytes)| (site(&block), left(&block, bytes))))
             }
             None => self.peak.sites(),
         }
     }
 
+    /// What is live now.
+    fn live(&self) -> Totals {
+        let mut live = Totals::default();
+        self.live.iter().for_each(|(block, bytes)| live.add(left(&block, bytes)));
+        live
+    }
+
     fn allocation(&mut self, event: &Allocation) {
         self.events += 1;
         self.statistics.allocated(event);
-        let site = Site { stack: event.stack, allocator: event.allocator, tid: event.tid };
+        self.samples.take(event.interval);
         match self.live.allocate(event, self.time_ns) {
             Displaced::Nothing => {}
             Displaced::Block(old) => {
                 self.missing.missed_frees += 1;
-                self.peak.remove(self::site(&old), old.size, true);
+                self.peak.remove(site(&old), Totals::one(old.size, old.interval));
             }
             Displaced::Mappings(parts) => self.unmapped(&parts),
         }
-        let bytes =
-            if event.allocator.is_ranged() { event.size.min(u64::MAX - event.address.0) } else { event.size };
-        if bytes > 0 || !event.allocator.is_ranged() {
-            self.peak.add(site, bytes, self.time_ns);
+        if !event.allocator.is_ranged() {
+            self.peak.add(Site::of(event), Totals::one(event.size, event.interval), self.time_ns);
+        } else if let bytes @ 1.. = event.size.min(u64::MAX - event.address.0) {
+            self.peak.add(Site::of(event), Totals::certain(bytes, 1), self.time_ns);
         }
         if let Some(temporary) = &mut self.temporary {
-            temporary.allocated(site, event.address, event.size);
+            temporary.allocated(event);
         }
     }
 
@@ -170,8 +197,15 @@ impl Replay {
         self.events += 1;
         self.frees += 1;
         match self.live.free(event.address) {
-            Some(block) => self.peak.remove(site(&block), block.size, true),
-            None => self.missing.missed_allocations += 1,
+            Some(block) => {
+                let went = Totals::one(block.size, block.interval);
+                self.freed.add(went);
+                self.peak.remove(site(&block), went);
+            }
+            None => {
+                self.freed.add(Totals::certain(0, 1));
+                self.missing.missed_allocations += 1;
+            }
         }
         if let Some(temporary) = &mut self.temporary {
             temporary.freed(event.address);
@@ -192,7 +226,7 @@ impl Replay {
 
     fn unmapped(&mut self, parts: &[Part]) {
         for part in parts {
-            self.peak.remove(site(&part.mapping), part.bytes, part.ended);
+            self.peak.remove(site(&part.mapping), Totals::certain(part.bytes, u64::from(part.ended)));
         }
     }
 }
@@ -213,16 +247,34 @@ pub fn analyse(mut reader: CaptureReader, view: View) -> Result<Findings, Captur
         view,
         sites: replay.sites(),
         missing: replay.missing,
+        samples: replay.samples,
         events: replay.events,
         frees: replay.frees,
+        freed: replay.freed,
         frees_from_before: replay.frees_from_before,
         unmaps: replay.unmaps,
-        peak_bytes: replay.peak.peak_bytes(),
+        peak: replay.peak.peak(),
         peak_time_ns: replay.peak.peak_time_ns(),
-        live: Totals { bytes: replay.live.live_bytes(), count: replay.live.live_blocks() as u64 },
+        live: replay.live(),
         last_time_ns: replay.time_ns,
         statistics: replay.statistics,
     })
+}
+
+impl Samples {
+    fn take(&mut self, interval: u64) {
+        if interval == 0 {
+            return;
+        }
+        self.least_interval = if self.count == 0 { interval } else { self.least_interval.min(interval) };
+        self.largest_interval = self.largest_interval.max(interval);
+        self.count += 1;
+    }
+}
+
+/// What is left of a block: all, but of a mapping perhaps a part.
+fn left(block: &Block, bytes: u64) -> Totals {
+    if block.allocator.is_ranged() { Totals::certain(bytes, 1) } else { Totals::one(bytes, block.interval) }
 }
 
 fn site(block: &Block) -> Site {

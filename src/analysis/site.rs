@@ -1,6 +1,7 @@
 //! [`Site`]: what allocations are summed by. Knows no names; ids only.
 
-use crate::capture::{AllocatorKind, StackId};
+use super::totals::Totals;
+use crate::capture::{Allocation, AllocatorKind, StackId};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
 
@@ -15,30 +16,15 @@ pub struct Site {
     pub tid: u32,
 }
 
-/// Bytes in blocks.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
-pub struct Totals {
-    /// Bytes.
-    pub bytes: u64,
-    /// Blocks.
-    pub count: u64,
-}
-
-impl Totals {
-    /// Adds, stopping at the largest number: sizes come from a file and may be anything.
-    pub fn add(&mut self, other: Self) {
-        self.bytes = self.bytes.saturating_add(other.bytes);
-        self.count = self.count.saturating_add(other.count);
-    }
-
-    /// True if neither bytes nor blocks are left.
-    pub fn is_empty(self) -> bool {
-        self == Self::default()
+impl Site {
+    /// Where a block came from.
+    pub fn of(event: &Allocation) -> Self {
+        Self { stack: event.stack, allocator: event.allocator, tid: event.tid }
     }
 }
 
 /// What a site has of whatever was asked for.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub struct SiteTotals {
     /// The site.
     pub site: Site,
@@ -83,6 +69,6 @@ pub(super) fn sorted(parts: impl Iterator<Item = (Site, Totals)>) -> Vec<SiteTot
         .filter(|(_, totals)| !totals.is_empty())
         .map(|(site, totals)| SiteTotals { site, totals })
         .collect();
-    rows.sort_unstable_by(|a, b| b.totals.cmp(&a.totals).then(a.site.cmp(&b.site)));
+    rows.sort_unstable_by(|a, b| b.totals.compare(&a.totals).then(a.site.cmp(&b.site)));
     rows
 }

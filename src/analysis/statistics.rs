@@ -1,6 +1,7 @@
 //! [`Statistics`]: how much was allocated, by what, in which sizes, where, live or not.
 
-use super::site::{SiteTotals, Totals};
+use super::site::SiteTotals;
+use super::totals::Totals;
 use crate::capture::{Allocation, AllocatorKind, FrameId, StackId, StackTable};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
@@ -9,18 +10,18 @@ use std::collections::HashMap;
 const BINS: u32 = 10;
 
 /// Sizes between two bounds, both included.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub struct SizeBin {
     /// Smallest size, in bytes.
     pub min_bytes: u64,
     /// Largest size, in bytes.
     pub max_bytes: u64,
     /// Allocations of such a size.
-    pub count: u64,
+    pub totals: Totals,
 }
 
 /// What one allocator gave.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub struct AllocatorTotals {
     /// The function.
     pub allocator: AllocatorKind,
@@ -29,7 +30,7 @@ pub struct AllocatorTotals {
 }
 
 /// What one code location asked for itself.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub struct LocationTotals {
     /// The location; `None` for allocations without a Python stack.
     pub frame: Option<FrameId>,
@@ -43,7 +44,7 @@ pub struct Statistics {
     /// Every allocation.
     pub allocated: Totals,
     /// Allocations with a size of `n` bits are at index `n` (0 is at 0).
-    by_bits: [u64; 65],
+    by_bits: [Totals; 65],
     by_allocator: [Totals; AllocatorKind::ALL.len()],
     by_stack: HashMap<StackId, Totals, RandomState>,
 }
@@ -52,7 +53,7 @@ impl Default for Statistics {
     fn default() -> Self {
         Self {
             allocated: Totals::default(),
-            by_bits: [0; 65],
+            by_bits: [Totals::default(); 65],
             by_allocator: [Totals::default(); AllocatorKind::ALL.len()],
             by_stack: HashMap::default(),
         }
@@ -61,16 +62,16 @@ impl Default for Statistics {
 
 impl Statistics {
     pub(super) fn allocated(&mut self, event: &Allocation) {
-        let one = Totals { bytes: event.size, count: 1 };
+        let one = Totals::one(event.size, event.interval);
         self.allocated.add(one);
-        self.by_bits[(64 - event.size.leading_zeros()) as usize] += 1;
+        self.by_bits[(64 - event.size.leading_zeros()) as usize].add(one);
         self.by_allocator[usize::from(event.allocator.id())].add(one);
         self.by_stack.entry(event.stack).or_default().add(one);
     }
 
     /// Ten bins at most, growing by powers of two, from the smallest size to the largest.
     pub fn size_histogram(&self) -> Vec<SizeBin> {
-        let used = |bits: &u32| self.by_bits[*bits as usize] > 0;
+        let used = |bits: &u32| !self.by_bits[*bits as usize].is_empty();
         let (Some(low), Some(high)) = ((0..65).find(used), (0..65).rev().find(used)) else {
             return Vec::new();
         };
@@ -79,10 +80,11 @@ impl Statistics {
             .step_by(width as usize)
             .map(|first| {
                 let last = (first + width - 1).min(64);
-                let count = (first..=last).map(|bits| self.by_bits[bits as usize]).sum();
+                let mut totals = Totals::default();
+                (first..=last).for_each(|bits| totals.add(self.by_bits[bits as usize]));
                 let min_bytes = if first == 0 { 0 } else { 1 << (first - 1) };
                 let max_bytes = if last == 0 { 0 } else { u64::MAX >> (64 - last) };
-                SizeBin { min_bytes, max_bytes, count }
+                SizeBin { min_bytes, max_bytes, totals }
             })
             .collect()
     }
@@ -94,7 +96,7 @@ impl Statistics {
             .filter(|(_, totals)| !totals.is_empty())
             .map(|(allocator, totals)| AllocatorTotals { allocator, totals })
             .collect();
-        rows.sort_by_key(|row| std::cmp::Reverse(row.totals));
+        rows.sort_by(|a, b| b.totals.compare(&a.totals));
         rows
     }
 
@@ -137,6 +139,7 @@ mod tests {
                 address: RemoteAddr(0),
                 size,
                 stack: StackId::EMPTY,
+                interval: 0,
             });
         }
         statistics
@@ -149,9 +152,9 @@ mod tests {
             prop_assert!(bins.len() <= 10);
             for bin in &bins {
                 let expected = sizes.iter().filter(|size| (bin.min_bytes..=bin.max_bytes).contains(size)).count();
-                prop_assert_eq!(bin.count, expected as u64);
+                prop_assert_eq!(bin.totals.count(), expected as u64);
             }
-            prop_assert_eq!(bins.iter().map(|bin| bin.count).sum::<u64>(), sizes.len() as u64);
+            prop_assert_eq!(bins.iter().map(|bin| bin.totals.count()).sum::<u64>(), sizes.len() as u64);
         }
     }
 
@@ -159,6 +162,6 @@ mod tests {
     fn nothing_has_no_bins() {
         assert!(statistics(&[]).size_histogram().is_empty());
         let one = statistics(&[512]).size_histogram();
-        assert_eq!(one, [SizeBin { min_bytes: 512, max_bytes: 1023, count: 1 }]);
+        assert_eq!(one, [SizeBin { min_bytes: 512, max_bytes: 1023, totals: Totals::certain(512, 1) }]);
     }
 }

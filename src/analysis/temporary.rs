@@ -1,9 +1,14 @@
 //! [`Temporary`]: blocks freed before more than N other allocations were made on their thread.
 //!
 //! Memory: N + 1 blocks per thread that allocates.
+//!
+//! Of a sampled capture the other allocations that are counted are the recorded ones: what was made between two samples is
+//! not known.
 
-use super::site::{Site, SiteTotals, Totals, sorted};
+use super::site::{Site, SiteTotals, sorted};
+use super::totals::Totals;
 use crate::addr::RemoteAddr;
+use crate::capture::Allocation;
 use foldhash::fast::RandomState;
 use std::collections::{HashMap, VecDeque};
 
@@ -12,6 +17,7 @@ use std::collections::{HashMap, VecDeque};
 struct Candidate {
     site: Site,
     size: u64,
+    interval: u64,
     /// Which allocation of the whole capture it was: tells it from a later one at its address.
     number: u64,
 }
@@ -39,10 +45,12 @@ impl Temporary {
     }
 
     /// A block or mapping was allocated.
-    pub fn allocated(&mut self, site: Site, address: RemoteAddr, size: u64) {
+    pub fn allocated(&mut self, event: &Allocation) {
+        let Allocation { address, size, interval, .. } = *event;
+        let site = Site::of(event);
         self.allocations += 1;
         let number = self.allocations;
-        self.candidates.insert(address, Candidate { site, size, number });
+        self.candidates.insert(address, Candidate { site, size, interval, number });
         let recent = self.recent.entry(site.tid).or_default();
         recent.push_back((address, number));
         if recent.len() > self.window
@@ -55,8 +63,8 @@ impl Temporary {
 
     /// The block was freed by any thread, or the mapping that begins here unmapped wholly.
     pub fn freed(&mut self, address: RemoteAddr) {
-        if let Some(Candidate { site, size, .. }) = self.candidates.remove(&address) {
-            self.found.entry(site).or_default().add(Totals { bytes: size, count: 1 });
+        if let Some(Candidate { site, size, interval, .. }) = self.candidates.remove(&address) {
+            self.found.entry(site).or_default().add(Totals::one(size, interval));
         }
     }
 
@@ -71,18 +79,19 @@ mod tests {
     use super::*;
     use crate::capture::{AllocatorKind, StackId};
 
-    fn site(tid: u32) -> Site {
-        Site { stack: StackId(1), allocator: AllocatorKind::Malloc, tid }
+    fn block(tid: u32, address: u64, size: u64) -> Allocation {
+        let (allocator, stack) = (AllocatorKind::Malloc, StackId(1));
+        Allocation { allocator, tid, address: RemoteAddr(address), size, stack, interval: 0 }
     }
 
     fn count(threshold: u32, between: u64, other_thread: bool) -> u64 {
         let mut temporary = Temporary::new(threshold);
-        temporary.allocated(site(1), RemoteAddr(16), 8);
+        temporary.allocated(&block(1, 16, 8));
         for n in 0..between {
-            temporary.allocated(site(if other_thread { 2 } else { 1 }), RemoteAddr(100 + n), 1);
+            temporary.allocated(&block(if other_thread { 2 } else { 1 }, 100 + n, 1));
         }
         temporary.freed(RemoteAddr(16));
-        temporary.sites().iter().map(|row| row.totals.count).sum()
+        temporary.sites().iter().map(|row| row.totals.count()).sum()
     }
 
     #[test]
@@ -96,12 +105,12 @@ mod tests {
     #[test]
     fn an_address_used_again_is_a_new_block() {
         let mut temporary = Temporary::new(1);
-        temporary.allocated(site(1), RemoteAddr(16), 8);
+        temporary.allocated(&block(1, 16, 8));
         temporary.freed(RemoteAddr(16));
-        temporary.allocated(site(1), RemoteAddr(16), 10);
-        temporary.allocated(site(1), RemoteAddr(32), 1);
+        temporary.allocated(&block(1, 16, 10));
+        temporary.allocated(&block(1, 32, 1));
         temporary.freed(RemoteAddr(16));
         temporary.freed(RemoteAddr(16));
-        assert_eq!(temporary.sites()[0].totals, Totals { bytes: 18, count: 2 });
+        assert_eq!(temporary.sites()[0].totals, Totals::certain(18, 2));
     }
 }

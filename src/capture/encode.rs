@@ -1,6 +1,6 @@
 //! Records to bytes, for one chunk at a time (the bytes are drawn in `format`).
 //!
-//! Pure: no file, no tables. What is remembered between records is what the decoder (`v1`) can
+//! Pure: no file, no tables. What is remembered between records is what the decoder (`v2`) can
 //! know too, and it is forgotten at a chunk's start.
 
 use super::format::{RECENT_ADDRESSES, tag};
@@ -18,6 +18,7 @@ pub(super) struct ChunkEncoder {
     last_address: u64,
     last_stack: u32,
     tid: Option<u32>,
+    interval: u64,
     time: u64,
     next_string: u32,
     next_frame: u32,
@@ -34,6 +35,7 @@ impl ChunkEncoder {
             last_address: 0,
             last_stack: 0,
             tid: None,
+            interval: 0,
             time: 0,
             next_string: 0,
             next_frame: 0,
@@ -94,6 +96,12 @@ impl ChunkEncoder {
 
     pub(super) fn allocation(&mut self, event: &Allocation) {
         self.switch(event.tid);
+        // Ranged ones are recorded for certain whatever the interval: nothing to say.
+        if event.interval != self.interval && !event.allocator.is_ranged() {
+            self.buf.push(tag::INTERVAL);
+            put(&mut self.buf, event.interval);
+            self.interval = event.interval;
+        }
         let address = event.address.0;
         let delta = address.wrapping_sub(self.last_address) as i64;
         let aligned = delta & 15 == 0;

@@ -25,6 +25,9 @@ pub enum CaptureError {
     /// More distinct strings, frames or stacks than 32-bit ids.
     #[error("{} cannot take another distinct {what}: the format numbers them with 32 bits", path.display())]
     TooMany { path: PathBuf, what: &'static str },
+    /// A sample, though the header says that every allocation is recorded.
+    #[error("{} can take no sampled allocation: its header says that all are recorded", path.display())]
+    NotSampled { path: PathBuf },
     /// Header or trailer do not fit a chunk, or cannot be put as JSON.
     #[error("cannot encode the {what} of {}: {why}", path.display())]
     Document { path: PathBuf, what: &'static str, why: String },
@@ -64,7 +67,7 @@ impl CaptureError {
             Self::Write { .. } => Some("what was written before can be read"),
             Self::Closed { .. } => Some("see the error before this one"),
             Self::TooMany { .. } => Some("record for a shorter time"),
-            Self::Document { .. } => None,
+            Self::NotSampled { .. } | Self::Document { .. } => None,
             Self::Open { .. } => Some("captures are the files that `heaptap attach` writes, named *.heaptap"),
             Self::Read { source, .. } if source.kind() == io::ErrorKind::IsADirectory => {
                 Some("give the capture itself, a file")

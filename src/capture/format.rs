@@ -1,4 +1,4 @@
-//! The bytes of a capture file, version 1.
+//! The bytes of a capture file, version 2, and what version 1 did not have.
 //!
 //! All fixed-width integers are little-endian. `varint` is LEB128 of an unsigned 64-bit number,
 //! `zigzag` a varint of `(n << 1) ^ (n >> 63)`.
@@ -15,9 +15,9 @@
 //! - magic: `89 48 54 41 50 0d 0a 1a` (`\x89HTAP\r\n\x1a`: a transfer that touches line ends shows).
 //! - crc32: IEEE, over the twelve bytes before it. Magic, version and crc keep their place in every
 //!   version, so that any binary can say which version a file has.
-//! - flags: the low eight tell things that a reader may ignore; a set bit of the high eight that a
-//!   reader does not know means that it must refuse the file. None is defined yet; the first will be
-//!   sampling weights.
+//! - flags: the low eight tell things that a reader may ignore (none is defined yet); a set bit of the
+//!   high eight that a reader does not know means that it must refuse the file. 0x0100, from version 2:
+//!   some allocations are samples, and a sum that takes each for one is wrong.
 //!
 //! # Chunk
 //!
@@ -78,6 +78,12 @@
 //! | 7 | unmap | zigzag address - last, varint length |
 //! | 8 | drop | varint count, u8 reason |
 //! | 9 | gap | varint ns, u8 reason |
+//! | 10 | interval (version 2) | varint bytes |
+//!
+//! *interval* is true of the allocations that follow in the chunk, and 0 at its start. 0: they were recorded
+//! for certain. Otherwise each was sampled with probability 1 - exp(-size / interval), so it stands for
+//! 1 / that many of its kind. The allocators of the mapping domain (mmap, mremap) are recorded for certain
+//! whatever the interval is. An interval other than 0 occurs only in a file with the flag 0x0100.
 //!
 //! `id` is a zigzag difference to the id after the last one of that sort defined in the chunk
 //! (so 0 in the ordinary case), and absolute for the first. Strings and frames count from 0, stack
@@ -89,7 +95,7 @@
 /// First bytes of every capture.
 pub const MAGIC: [u8; 8] = *b"\x89HTAP\r\n\x1a";
 /// The version this binary writes, and the newest it reads.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Bytes of magic, version, flags and checksum.
 pub const PREFIX_LEN: usize = 16;
 /// Bytes before a chunk's stored bytes.
@@ -104,6 +110,8 @@ pub const CHUNK_TARGET_LEN: usize = 256 << 10;
 pub const MAX_STRING_LEN: usize = 16 << 10;
 /// Flag bits that a reader must understand.
 pub const REQUIRED_FLAGS: u16 = 0xff00;
+/// Flag: some allocations are samples.
+pub const FLAG_SAMPLED: u16 = 0x0100;
 /// How many allocations back a free can name its block by one byte.
 pub const RECENT_ADDRESSES: usize = 256;
 
@@ -159,4 +167,6 @@ pub mod tag {
     pub const DROP: u8 = 0xe8;
     /// A span without records.
     pub const GAP: u8 = 0xe9;
+    /// The sampling interval of the allocations that follow.
+    pub const INTERVAL: u8 = 0xea;
 }

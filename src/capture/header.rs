@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 /// The facts of one run. Empty strings mean "not known".
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Header {
     /// The heaptap that wrote the file.
@@ -41,6 +41,12 @@ pub struct Header {
     pub python_allocators: bool,
     /// `None`: every allocation. Otherwise one in so many bytes on average.
     pub sampling_mean_bytes: Option<u64>,
+    /// What the random numbers of the sampling were made from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sampling_seed: Option<u64>,
+    /// The share of the target's time, in percent, that recording might take before the sampling interval was raised.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_cpu_percent: Option<f64>,
     /// The hooked functions.
     pub entry_points: Vec<EntryPoint>,
     /// The mapped ELF files.

@@ -7,6 +7,7 @@
 use super::allocator::AllocatorKind;
 use super::mappings::{Mappings, Part};
 use super::record::{Allocation, StackId, Unmap};
+use super::weight::WeightedSum;
 use crate::addr::RemoteAddr;
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
@@ -22,6 +23,8 @@ pub struct Block {
     pub allocator: AllocatorKind,
     /// The thread that asked.
     pub tid: u32,
+    /// The sampling interval it was recorded with, as in [`Allocation`]; 0 for a mapping.
+    pub interval: u64,
     /// When, in milliseconds since the start of recording (49 days, then the last of them).
     pub time_ms: u32,
 }
@@ -47,6 +50,9 @@ struct Packed {
     time_ms: u32,
 }
 
+/// What many blocks have in common: function, thread, sampling interval.
+type Origin = (AllocatorKind, u32, u64);
+
 /// The address as two halves, for its alignment.
 type Key = [u32; 2];
 
@@ -54,11 +60,11 @@ type Key = [u32; 2];
 pub struct LiveSet {
     blocks: HashMap<Key, Packed, RandomState>,
     mappings: Mappings,
-    /// (allocator, tid) pairs: few, so blocks hold an index.
-    origins: Vec<(AllocatorKind, u32)>,
-    origin_ids: HashMap<(AllocatorKind, u32), u32, RandomState>,
+    /// Few, so blocks hold an index.
+    origins: Vec<Origin>,
+    origin_ids: HashMap<Origin, u32, RandomState>,
     page_size: u64,
-    block_bytes: u64,
+    sum: WeightedSum,
     peak_bytes: u64,
 }
 
@@ -71,7 +77,7 @@ impl LiveSet {
             origins: Vec::new(),
             origin_ids: HashMap::default(),
             page_size: page_size.max(1),
-            block_bytes: 0,
+            sum: WeightedSum::default(),
             peak_bytes: 0,
         }
     }
@@ -79,23 +85,24 @@ impl LiveSet {
     /// Adds a block, or a mapping if the allocator is ranged. `time_ns` is since the start.
     pub fn allocate(&mut self, event: &Allocation, time_ns: u64) -> Displaced {
         let time_ms = u32::try_from(time_ns / 1_000_000).unwrap_or(u32::MAX);
-        let Allocation { allocator, tid, address, size, stack } = *event;
+        let Allocation { allocator, tid, address, size, stack, interval } = *event;
         let displaced = if allocator.is_ranged() {
-            let block = Block { size, stack, allocator, tid, time_ms };
+            let block = Block { size, stack, allocator, tid, interval: 0, time_ms };
             let parts = self.mappings.map(address.0, size, block);
             if parts.is_empty() { Displaced::Nothing } else { Displaced::Mappings(parts) }
         } else {
-            let packed = Packed { size: halves(size), stack, origin: self.origin(allocator, tid), time_ms };
+            let origin = self.origin((allocator, tid, interval));
+            let packed = Packed { size: halves(size), stack, origin, time_ms };
             match self.blocks.insert(halves(address.0), packed).map(|old| self.unpack(old)) {
                 None => Displaced::Nothing,
                 Some(old) => {
-                    self.block_bytes = self.block_bytes.saturating_sub(old.size);
+                    self.sum.remove(old.size, old.interval);
                     Displaced::Block(old)
                 }
             }
         };
         if !allocator.is_ranged() {
-            self.block_bytes = self.block_bytes.saturating_add(size);
+            self.sum.add(size, interval);
         }
         self.peak_bytes = self.peak_bytes.max(self.live_bytes());
         displaced
@@ -105,7 +112,7 @@ impl LiveSet {
     pub fn free(&mut self, address: RemoteAddr) -> Option<Block> {
         let packed = self.blocks.remove(&halves(address.0))?;
         let block = self.unpack(packed);
-        self.block_bytes = self.block_bytes.saturating_sub(block.size);
+        self.sum.remove(block.size, block.interval);
         Some(block)
     }
 
@@ -120,14 +127,20 @@ impl LiveSet {
         self.blocks.get(&halves(address.0)).map(|packed| self.unpack(*packed))
     }
 
-    /// Bytes in blocks and mappings.
-    pub fn live_bytes(&self) -> u64 {
-        self.block_bytes.saturating_add(self.mappings.bytes())
+    /// Whether a block is live at `address`.
+    pub fn is_live(&self, address: RemoteAddr) -> bool {
+        self.blocks.contains_key(&halves(address.0))
     }
 
-    /// Blocks and mappings.
+    /// Bytes in blocks and mappings; of samples, what they stand for.
+    pub fn live_bytes(&self) -> u64 {
+        self.sum.bytes().saturating_add(self.mappings.bytes())
+    }
+
+    /// Blocks and mappings; of samples, what they stand for.
     pub fn live_blocks(&self) -> usize {
-        self.blocks.len() + self.mappings.count()
+        let blocks = usize::try_from(self.sum.count()).unwrap_or(usize::MAX);
+        blocks.saturating_add(self.mappings.count())
     }
 
     /// The most bytes that were live at once.
@@ -135,7 +148,7 @@ impl LiveSet {
         self.peak_bytes
     }
 
-    /// Every block and mapping with its live bytes, in no order.
+    /// Every recorded block and mapping with its own live bytes, in no order.
     pub fn iter(&self) -> impl Iterator<Item = (Block, u64)> + '_ {
         let blocks = self.blocks.values().map(|packed| {
             let block = self.unpack(*packed);
@@ -144,19 +157,19 @@ impl LiveSet {
         blocks.chain(self.mappings.iter())
     }
 
-    fn origin(&mut self, allocator: AllocatorKind, tid: u32) -> u32 {
+    fn origin(&mut self, origin: Origin) -> u32 {
         let next = self.origins.len() as u32;
-        let id = *self.origin_ids.entry((allocator, tid)).or_insert(next);
+        let id = *self.origin_ids.entry(origin).or_insert(next);
         if id == next {
-            self.origins.push((allocator, tid));
+            self.origins.push(origin);
         }
         id
     }
 
     fn unpack(&self, packed: Packed) -> Block {
-        let (allocator, tid) = self.origins[packed.origin as usize];
+        let (allocator, tid, interval) = self.origins[packed.origin as usize];
         let size = u64::from(packed.size[0]) | u64::from(packed.size[1]) << 32;
-        Block { size, stack: packed.stack, allocator, tid, time_ms: packed.time_ms }
+        Block { size, stack: packed.stack, allocator, tid, interval, time_ms: packed.time_ms }
     }
 }
 

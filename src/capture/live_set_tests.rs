@@ -5,7 +5,14 @@ use proptest::prelude::*;
 use std::collections::BTreeMap;
 
 fn alloc(allocator: AllocatorKind, address: u64, size: u64, stack: u32) -> Allocation {
-    Allocation { allocator, tid: 1 + stack % 3, address: RemoteAddr(address), size, stack: StackId(stack) }
+    Allocation {
+        allocator,
+        tid: 1 + stack % 3,
+        address: RemoteAddr(address),
+        size,
+        stack: StackId(stack),
+        interval: 0,
+    }
 }
 
 fn unmap(address: u64, len: u64) -> Unmap {
@@ -138,4 +145,30 @@ fn an_allocation_over_a_live_block_tells_of_the_missed_free() {
         other => panic!("{other:?}"),
     }
     assert_eq!((set.live_bytes(), set.live_blocks(), set.peak_bytes()), (20, 1, 20));
+}
+
+#[test]
+fn samples_count_for_what_they_stand_for() {
+    let sample = |size, interval| Allocation { interval, ..alloc(AllocatorKind::Malloc, size, size, 1) };
+    let mut set = LiveSet::new(4096);
+    set.allocate(&sample(64, 0), 0);
+    set.allocate(&sample(1 << 18, 1 << 19), 0);
+    // 2.5415 of 256 KiB.
+    assert_eq!((set.live_bytes(), set.live_blocks()), (64 + 666_237, 1 + 3));
+    set.allocate(&sample(16, 1 << 19), 0);
+    assert_eq!((set.live_bytes(), set.live_blocks()), (64 + 666_237 + (1 << 19) + 8, 1 + 3 + 32768));
+    let peak = set.live_bytes();
+    // In the place of a block with another interval.
+    set.allocate(&Allocation { interval: 1 << 20, ..sample(64, 0) }, 0);
+    set.allocate(&sample(64, 0), 0);
+    assert_eq!(set.live_bytes(), peak);
+    assert_eq!(set.block(RemoteAddr(16)).unwrap().interval, 1 << 19);
+    // A mapping is certain, whatever it is told with.
+    set.allocate(&Allocation { interval: 7, ..alloc(AllocatorKind::Mmap, 0x10000, 0x1000, 1) }, 0);
+    assert_eq!(set.live_bytes(), peak + 0x1000);
+    set.unmap(&unmap(0x10000, 0x1000));
+    for address in [16, 1 << 18, 64] {
+        assert!(set.free(RemoteAddr(address)).is_some());
+    }
+    assert_eq!((set.live_bytes(), set.live_blocks()), (0, 0));
 }

@@ -22,7 +22,9 @@ mod record;
 mod stack_table;
 mod trailer;
 mod v1;
+mod v2;
 mod varint;
+mod weight;
 mod writer;
 
 pub use allocator::{AllocatorKind, Domain};
@@ -36,4 +38,5 @@ pub use record::{
 };
 pub use stack_table::{FrameText, StackTable, ThreadName};
 pub use trailer::{Counters, EndReason, Trailer};
+pub use weight::{BYTES_FRACTION, COUNT_FRACTION, Weight, each};
 pub use writer::CaptureWriter;

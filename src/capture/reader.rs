@@ -3,16 +3,16 @@
 //! What it owes: a file cut anywhere gives all of its whole chunks; a damaged chunk loses itself; a
 //! hostile file gives an error, never a panic. Memory is two chunks (2 MiB) and the tables, which grow with
 //! the bytes of the definitions read (lz4 can hold 255 of them in one byte of the file).
-//! It knows chunks and documents; the records of each version are in a module of their own (`v1`).
+//! It knows chunks and documents; the records of each version are in a module of their own (`v1`, `v2`).
 
 use super::chunk::ChunkHeader;
 use super::error::CaptureError;
-use super::format::{CHUNK_HEADER_LEN, MAGIC, PREFIX_LEN, REQUIRED_FLAGS, VERSION, kind};
+use super::format::{CHUNK_HEADER_LEN, FLAG_SAMPLED, MAGIC, PREFIX_LEN, REQUIRED_FLAGS, VERSION, kind};
 use super::header::Header;
 use super::record::Record;
 use super::stack_table::StackTable;
 use super::trailer::Trailer;
-use super::v1;
+use super::{v1, v2};
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -51,7 +51,7 @@ pub struct CaptureReader {
     offset: u64,
     header: Header,
     tables: StackTable,
-    decoder: v1::ChunkDecoder,
+    decoder: Decoder,
     stored: Vec<u8>,
     raw: Vec<u8>,
     chunk_offset: u64,
@@ -61,6 +61,28 @@ pub struct CaptureReader {
     trailer: Option<Trailer>,
     cut: Option<CutShort>,
     damage: Damage,
+}
+
+/// The records of the file's version.
+enum Decoder {
+    V1(v1::ChunkDecoder),
+    V2(v2::ChunkDecoder),
+}
+
+impl Decoder {
+    fn reset(&mut self) {
+        match self {
+            Self::V1(decoder) => decoder.reset(),
+            Self::V2(decoder) => decoder.reset(),
+        }
+    }
+
+    fn next(&mut self, raw: &[u8], tables: &mut StackTable) -> Result<Option<Record>, &'static str> {
+        match self {
+            Self::V1(decoder) => decoder.next(raw, tables),
+            Self::V2(decoder) => decoder.next(raw, tables),
+        }
+    }
 }
 
 /// What was found where a chunk should be.
@@ -90,7 +112,7 @@ impl CaptureReader {
             offset: 0,
             header: Header::default(),
             tables: StackTable::default(),
-            decoder: v1::ChunkDecoder::new(),
+            decoder: Decoder::V1(v1::ChunkDecoder::new()),
             stored: Vec::new(),
             raw: Vec::new(),
             chunk_offset: 0,
@@ -156,15 +178,17 @@ impl CaptureReader {
         }
         let version = u16::from_le_bytes([bytes[8], bytes[9]]);
         let flags = u16::from_le_bytes([bytes[10], bytes[11]]);
-        match version {
+        let known_flags;
+        (self.decoder, known_flags) = match version {
             0 => return Err(not_a_capture("its version is 0")),
-            1 => {}
+            1 => (Decoder::V1(v1::ChunkDecoder::new()), 0),
+            2 => (Decoder::V2(v2::ChunkDecoder::new(flags & FLAG_SAMPLED != 0)), FLAG_SAMPLED),
             newer => {
                 debug_assert!(newer > VERSION);
                 return Err(CaptureError::NewerVersion { path: self.path.clone(), found: newer });
             }
-        }
-        if flags & REQUIRED_FLAGS != 0 {
+        };
+        if flags & REQUIRED_FLAGS & !known_flags != 0 {
             return Err(CaptureError::NewerFeatures { path: self.path.clone(), flags });
         }
         self.offset = PREFIX_LEN as u64;

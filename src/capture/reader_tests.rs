@@ -14,6 +14,7 @@ fn header() -> Header {
         pid: 42,
         command_line: vec!["python".into(), "app.py".into()],
         page_size: 4096,
+        sampling_mean_bytes: Some(512 << 10),
         ..Header::default()
     }
 }
@@ -41,12 +42,20 @@ fn write(script: impl FnOnce(&mut CaptureWriter)) -> Vec<u8> {
     let path = dir.path().join("a.heaptap");
     let mut writer = CaptureWriter::create(&path, false, &header()).unwrap();
     script(&mut writer);
-    writer.finish(Trailer { reason: EndReason::Duration, ..Trailer::default() }).unwrap();
+    let counters = Counters { interval_at_end: 1 << 20, samples: 99, ..Counters::default() };
+    writer.finish(Trailer { reason: EndReason::Duration, counters, ..Trailer::default() }).unwrap();
     std::fs::read(&path).unwrap()
 }
 
 fn malloc(tid: u32, address: u64, size: u64, stack: StackId) -> Allocation {
-    Allocation { allocator: AllocatorKind::Malloc, tid, address: RemoteAddr(address), size, stack }
+    Allocation {
+        allocator: AllocatorKind::Malloc,
+        tid,
+        address: RemoteAddr(address),
+        size,
+        stack,
+        interval: 0,
+    }
 }
 
 /// `chunks` chunks of ten allocations each, every one with a stack of its own.
@@ -79,10 +88,13 @@ fn any_event() -> impl Strategy<Value = Record> {
     let kind = || prop::sample::select(&AllocatorKind::ALL[..]);
     let address = || prop_oneof![0u64..4096, any::<u64>()].prop_map(RemoteAddr);
     let tid = || prop_oneof![1u32..4, any::<u32>()];
+    let interval = || prop_oneof![3 => Just(0u64), 3 => Just(1 << 19), 1 => any::<u64>()];
     prop_oneof![
-        (kind(), tid(), address(), any::<u64>(), 0u32..4).prop_map(
-            |(allocator, tid, address, size, stack)| {
-                Record::Allocation(Allocation { allocator, tid, address, size, stack: StackId(stack) })
+        (kind(), tid(), address(), any::<u64>(), 0u32..4, interval()).prop_map(
+            |(allocator, tid, address, size, stack, interval)| {
+                let stack = StackId(stack);
+                let interval = if allocator.is_ranged() { 0 } else { interval };
+                Record::Allocation(Allocation { allocator, tid, address, size, stack, interval })
             }
         ),
         (kind(), tid(), address()).prop_map(|(deallocator, tid, address)| Record::Free(Free {
@@ -230,7 +242,8 @@ fn counters_time_and_threads_are_kept() {
     assert_eq!(times.first(), Some(&100_000));
     assert!(times.len() <= 11 && times.is_sorted() && *times.last().unwrap() >= 9_000_000);
     assert_eq!(reader.stacks().thread(7).unwrap().python, "Thread-1");
-    let expected = Counters { events: 200, allocations: 100, frees: 100, drops: 5, ..Counters::default() };
+    let own = Counters { events: 200, allocations: 100, frees: 100, drops: 5, ..Counters::default() };
+    let expected = Counters { interval_at_end: 1 << 20, ..own };
     assert_eq!(reader.trailer().unwrap().counters, expected);
 }
 
@@ -242,12 +255,66 @@ fn another_version_or_file_says_what_it_is() {
     let error = read(bytes.clone()).err().unwrap();
     assert!(matches!(error, CaptureError::NewerVersion { found: 9, .. }));
     assert!(error.to_string().contains("version 9") && error.hint().is_some());
-    bytes[..PREFIX_LEN].copy_from_slice(&crate::capture::writer::prefix(1, 0x0100));
-    assert!(matches!(read(bytes.clone()), Err(CaptureError::NewerFeatures { .. })));
-    bytes[..PREFIX_LEN].copy_from_slice(&crate::capture::writer::prefix(1, 0x0001));
-    assert_eq!(events(&mut read(bytes).unwrap()).len(), 10);
+    for (version, flags) in [(1, FLAG_SAMPLED), (2, 0x0200), (2, FLAG_SAMPLED | 0x8000)] {
+        bytes[..PREFIX_LEN].copy_from_slice(&crate::capture::writer::prefix(version, flags));
+        assert!(matches!(read(bytes.clone()), Err(CaptureError::NewerFeatures { .. })));
+    }
+    for (version, flags) in [(1, 0x0001), (2, 0x0080), (2, FLAG_SAMPLED | 0x0080)] {
+        bytes[..PREFIX_LEN].copy_from_slice(&crate::capture::writer::prefix(version, flags));
+        assert_eq!(events(&mut read(bytes.clone()).unwrap()).len(), 10);
+    }
     assert!(matches!(read(b"#!/bin/sh\necho hello\n".to_vec()), Err(CaptureError::NotACapture { .. })));
     assert!(matches!(read(Vec::new()), Err(CaptureError::NotACapture { .. })));
+}
+
+#[test]
+fn an_interval_is_said_when_it_changes_and_in_every_chunk() {
+    let sample = |address, interval| Allocation { interval, ..malloc(1, address, 8, StackId::EMPTY) };
+    let mapped = Allocation { allocator: AllocatorKind::Mmap, ..sample(4096, 77) };
+    let mut sizes = Vec::new();
+    let bytes = write(|writer| {
+        for event in [sample(16, 0), sample(32, 512), mapped, sample(48, 512), sample(64, 1024)] {
+            writer.allocation(event).unwrap();
+        }
+        writer.flush().unwrap();
+        writer.allocation(sample(80, 1024)).unwrap();
+        writer.flush().unwrap();
+        writer.allocation(sample(96, 0)).unwrap();
+        sizes.push(writer.counters().samples);
+    });
+    let mut reader = read(bytes).unwrap();
+    let intervals: Vec<u64> = events(&mut reader)
+        .iter()
+        .map(|record| match record {
+            Record::Allocation(event) => event.interval,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(intervals, [0, 512, 0, 512, 1024, 1024, 0]);
+    assert_eq!((sizes[0], reader.trailer().unwrap().counters.samples), (4, 4));
+}
+
+#[test]
+fn samples_in_a_file_that_says_it_has_none_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let exact = Header { sampling_mean_bytes: None, ..header() };
+    let mut writer = CaptureWriter::create(dir.path().join("a.heaptap"), false, &exact).unwrap();
+    let sample = Allocation { interval: 512, ..malloc(1, 16, 8, StackId::EMPTY) };
+    assert!(matches!(writer.allocation(sample), Err(CaptureError::NotSampled { .. })));
+    // A mapping is certain with any interval, and the refusal spoils nothing.
+    writer.allocation(Allocation { allocator: AllocatorKind::Mmap, ..sample }).unwrap();
+    writer.finish(Trailer::default()).unwrap();
+    let mut reader = CaptureReader::open(dir.path().join("a.heaptap")).unwrap();
+    assert_eq!(events(&mut reader).len(), 1);
+
+    let mut bytes = write(|writer| writer.allocation(sample).unwrap());
+    bytes[..PREFIX_LEN].copy_from_slice(&crate::capture::writer::prefix(2, 0));
+    let mut reader = read(bytes.clone()).unwrap();
+    assert_eq!((events(&mut reader).len(), reader.damage().chunks), (0, 1));
+    // Version 1 has no such record at all.
+    bytes[..PREFIX_LEN].copy_from_slice(&crate::capture::writer::prefix(1, 0));
+    let mut reader = read(bytes).unwrap();
+    assert_eq!((events(&mut reader).len(), reader.damage().chunks), (0, 1));
 }
 
 #[test]

@@ -36,6 +36,9 @@ pub struct Allocation {
     pub size: u64,
     /// The Python stack that asked.
     pub stack: StackId,
+    /// 0: recorded for certain, as mappings always are. Else the mean distance in bytes of the draw that
+    /// sampled it: it stands for others of its kind, see [`Weight`](super::Weight).
+    pub interval: u64,
 }
 
 /// A block of this capture given back.

@@ -37,6 +37,8 @@ pub enum EndReason {
         /// `SIGKILL`, …
         signal: String,
     },
+    /// The target ended, and nobody told how.
+    TargetGone,
     /// The target became another program.
     TargetExec {
         /// Its executable.
@@ -61,6 +63,7 @@ impl EndReason {
             Self::Interrupted { signal } => format!("interrupted by {signal}"),
             Self::TargetExited { code } => format!("the target exited with code {code}"),
             Self::TargetKilled { signal } => format!("the target was killed by {signal}"),
+            Self::TargetGone => "the target ended".to_owned(),
             Self::TargetExec { path } => format!("the target executed {path}"),
             Self::ControllerError { message } => format!("heaptap failed: {message}"),
             Self::Unknown => "unknown".to_owned(),
@@ -76,6 +79,9 @@ pub struct Counters {
     pub events: u64,
     /// Allocations written.
     pub allocations: u64,
+    /// Of these, samples that stand for others.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub samples: u64,
     /// Frees of blocks of this capture.
     pub frees: u64,
     /// Frees of blocks from before the attach.
@@ -93,10 +99,33 @@ pub struct Counters {
     pub unmaps_unknown: u64,
     /// Allocations that returned an error.
     pub failed_allocations: u64,
-    /// Most bytes live at once.
+    /// Most bytes live at once (an estimate where samples were recorded).
     pub peak_live_bytes: u64,
-    /// Bytes live at the end.
+    /// Bytes live at the end (an estimate where samples were recorded).
     pub live_bytes: u64,
-    /// Blocks live at the end.
+    /// Blocks live at the end (an estimate where samples were recorded).
     pub live_blocks: u64,
+
+    /// The sampling interval in bytes when recording ended: higher than the one asked for where that would have cost the
+    /// target too much.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub interval_at_end: u64,
+    /// Calls made by signal handlers while the agent ran on their thread: not recorded.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub agent_passed_through: u64,
+    /// Calls of threads that the agent had no slot for: not recorded.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub threads_without_slot: u64,
+    /// Resident memory that recording added to the target, in bytes.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub target_extra_bytes: u64,
+    /// The most memory that heaptap itself had resident, in bytes.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub controller_peak_bytes: u64,
+}
+
+/// Counters that came later are left out where there is nothing to count, as in the files before them.
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde calls it with a reference
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }

@@ -13,9 +13,9 @@ use super::varint::Cursor;
 use crate::addr::RemoteAddr;
 
 /// Why a chunk makes no sense.
-type Broken = &'static str;
+pub(super) type Broken = &'static str;
 
-const ENDED: Broken = "a record is cut or holds an overlong number";
+pub(super) const ENDED: Broken = "a record is cut or holds an overlong number";
 
 pub(super) struct ChunkDecoder {
     at: usize,
@@ -57,15 +57,26 @@ impl ChunkDecoder {
         loop {
             let mut cursor = Cursor::new(raw, self.at);
             let Some(first) = cursor.byte() else { return Ok(None) };
-            let record = match first {
-                0x00..=0x7f => Some(self.allocation(first, &mut cursor, tables)?),
-                0x80..=0xdf => Some(self.free(first, &mut cursor)?),
-                _ => self.other(first, &mut cursor, tables)?,
-            };
+            let record = self.record(first, &mut cursor, tables)?;
             self.at = cursor.position();
             if record.is_some() {
                 return Ok(record);
             }
+        }
+    }
+
+    /// What `first` begins, with the bytes at `cursor`. `None` for a record that only sets state. Keeps no place in the
+    /// chunk: for `next`, and for later versions that have the records of this one.
+    pub(super) fn record(
+        &mut self,
+        first: u8,
+        cursor: &mut Cursor<'_>,
+        tables: &mut StackTable,
+    ) -> Result<Option<Record>, Broken> {
+        match first {
+            0x00..=0x7f => Ok(Some(self.allocation(first, cursor, tables)?)),
+            0x80..=0xdf => Ok(Some(self.free(first, cursor)?)),
+            _ => self.other(first, cursor, tables),
         }
     }
 
@@ -89,7 +100,14 @@ impl ChunkDecoder {
         self.recent[self.allocations % RECENT_ADDRESSES] = address;
         self.allocations += 1;
         let tid = self.tid()?;
-        Ok(Record::Allocation(Allocation { allocator, tid, address: RemoteAddr(address), size, stack }))
+        Ok(Record::Allocation(Allocation {
+            allocator,
+            tid,
+            address: RemoteAddr(address),
+            size,
+            stack,
+            interval: 0,
+        }))
     }
 
     fn free(&mut self, first: u8, cursor: &mut Cursor<'_>) -> Result<Record, Broken> {
@@ -111,7 +129,7 @@ impl ChunkDecoder {
         Ok(Record::Free(Free { deallocator, tid: self.tid()?, address: RemoteAddr(address) }))
     }
 
-    /// Everything else. `None` for a record that only sets state.
+    /// Everything else.
     fn other(
         &mut self,
         first: u8,

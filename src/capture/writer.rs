@@ -8,7 +8,7 @@ use super::chunk;
 use super::create::create;
 use super::encode::ChunkEncoder;
 use super::error::CaptureError;
-use super::format::{CHUNK_TARGET_LEN, MAGIC, MAX_RAW_LEN, MAX_STRING_LEN, VERSION, kind};
+use super::format::{CHUNK_TARGET_LEN, FLAG_SAMPLED, MAGIC, MAX_RAW_LEN, MAX_STRING_LEN, VERSION, kind};
 use super::header::Header;
 use super::intern::{Full, Interned, Interner, cut};
 use super::record::{
@@ -32,6 +32,8 @@ pub struct CaptureWriter {
     /// Bytes of the file that are whole chunks.
     offset: u64,
     failed: bool,
+    /// Whether the file says that allocations may be samples.
+    sampled: bool,
     encoder: ChunkEncoder,
     interner: Interner,
     packed: Vec<u8>,
@@ -43,7 +45,8 @@ pub struct CaptureWriter {
 
 impl CaptureWriter {
     /// Creates `path` (mode 0600) and writes the header. An existing file is an error unless `force`,
-    /// and anything but a regular file or `/dev/null` is an error always.
+    /// and anything but a regular file or `/dev/null` is an error always. Samples can be written only if the
+    /// header has a `sampling_mean_bytes`.
     pub fn create(path: impl AsRef<Path>, force: bool, header: &Header) -> Result<Self, CaptureError> {
         let path = path.as_ref().to_owned();
         let document =
@@ -54,6 +57,7 @@ impl CaptureWriter {
             file,
             offset: 0,
             failed: false,
+            sampled: header.sampling_mean_bytes.is_some(),
             encoder: ChunkEncoder::new(),
             interner: Interner::default(),
             packed: Vec::new(),
@@ -61,7 +65,8 @@ impl CaptureWriter {
             now_ns: 0,
             written_time: None,
         };
-        writer.packed.extend_from_slice(&prefix(VERSION, 0));
+        let flags = if writer.sampled { FLAG_SAMPLED } else { 0 };
+        writer.packed.extend_from_slice(&prefix(VERSION, flags));
         writer.document("header", kind::HEADER, &document)?;
         Ok(writer)
     }
@@ -125,7 +130,12 @@ impl CaptureWriter {
 
     /// Memory was handed out.
     pub fn allocation(&mut self, event: Allocation) -> Result<(), CaptureError> {
+        let is_sample = event.interval > 0 && !event.allocator.is_ranged();
+        if is_sample && !self.sampled {
+            return Err(CaptureError::NotSampled { path: self.path.clone() });
+        }
         self.event()?;
+        self.counters.samples += u64::from(is_sample);
         self.counters.allocations += 1;
         self.encoder.allocation(&event);
         Ok(())
@@ -199,14 +209,17 @@ impl CaptureWriter {
     pub fn finish(mut self, trailer: Trailer) -> Result<(), CaptureError> {
         self.flush()?;
         let own = self.counters();
-        let given = trailer.counters;
         let counters = Counters {
-            unmaps_unknown: given.unmaps_unknown,
-            failed_allocations: given.failed_allocations,
-            peak_live_bytes: given.peak_live_bytes,
-            live_bytes: given.live_bytes,
-            live_blocks: given.live_blocks,
-            ..own
+            events: own.events,
+            allocations: own.allocations,
+            samples: own.samples,
+            frees: own.frees,
+            frees_from_before: own.frees_from_before,
+            unmaps: own.unmaps,
+            drops: own.drops,
+            gaps: own.gaps,
+            distinct_stacks: own.distinct_stacks,
+            ..trailer.counters
         };
         let document = serde_json::to_vec(&Trailer { counters, ..trailer })
             .map_err(|error| document_error(&self.path, "trailer", error))?;

@@ -6,6 +6,7 @@ use super::view::{print, to_stdout};
 use crate::analysis::{View, analyse};
 use crate::capture::CaptureReader;
 use crate::error::Error;
+use crate::recorder::plant::JumpOptions;
 use crate::recorder::record::{RecordOptions, record};
 use crate::report::{FlameGraph, Format, Report, ReportError, Summary, SummaryOrder, text};
 use std::fs::File;
@@ -67,6 +68,7 @@ pub fn run(args: &DemoArgs) -> Result<(), Error> {
         duration: Some(args.duration),
         python_allocators: false,
         unsafe_trap: false,
+        jump: Some(JumpOptions::every_event()),
     };
     let mut console = Console::new(&options, false);
     let recorded = record(&options, &mut console)?;

@@ -1,5 +1,6 @@
 //! `heaptap doctor`: can this process be attached to, and how would it be done? Writes nothing into it.
 
+use super::attach::Kind;
 use super::parse::parse_pid;
 use super::view::to_stdout;
 use crate::error::Error;
@@ -8,7 +9,7 @@ use crate::inferior::{facts, maps};
 use crate::probe::error::ProbeError;
 use crate::probe::install::check_entries;
 use crate::recorder::RecordError;
-use crate::recorder::examine::{Examined, examine};
+use crate::recorder::examine::{Examined, Kind as ProbeKind, examine};
 use crate::recorder::header::{command_line, executable};
 use crate::report::ReportError;
 use crate::report::text::{counted, escaped as printable};
@@ -31,6 +32,9 @@ pub struct DoctorArgs {
     /// Plan for CPython's own allocators, too
     #[arg(long)]
     pub python_allocators: bool,
+    /// The kind of breakpoint to plan for
+    #[arg(long, value_name = "KIND", default_value = "jump")]
+    pub breakpoints: Kind,
 }
 
 /// Runs the verb.
@@ -40,8 +44,9 @@ pub fn run(args: &DoctorArgs) -> Result<(), Error> {
     let verdict = look(args, &mut page);
     match &verdict {
         Ok(()) => {
-            let also = if args.python_allocators { " --python-allocators" } else { "" };
-            page.0.push_str(&format!("can attach: heaptap attach --pid {pid}{also}\n"));
+            let tables = if args.python_allocators { " --python-allocators" } else { "" };
+            let kind = if args.breakpoints == Kind::Trap { " --breakpoints trap" } else { "" };
+            page.0.push_str(&format!("can attach: heaptap attach --pid {pid}{tables}{kind}\n"));
         }
         Err(error) => {
             let hint = error.hint().map(|h| format!("; {h}")).unwrap_or_default();
@@ -66,11 +71,12 @@ fn look(args: &DoctorArgs, page: &mut Page) -> Result<(), Error> {
         return Err(Error::Record(error.into()));
     }
     about_process(page, args.pid);
-    let examined = examine(args.pid, args.python_allocators).map_err(Error::Record)?;
+    let examined =
+        examine(args.pid, args.breakpoints.into(), args.python_allocators).map_err(Error::Record)?;
     about_python(page, &examined);
     about_allocators(page, &examined);
     about_self_test(page, &examined)?;
-    Ok(check(&examined)?)
+    Ok(check(&examined, args.breakpoints.into())?)
 }
 
 /// What is printed, at once and at the end: a reader that has gone then changes nothing.
@@ -194,8 +200,8 @@ fn about_self_test(page: &mut Page, examined: &Examined) -> Result<(), RecordErr
 }
 
 /// What `attach` would refuse.
-fn check(examined: &Examined) -> Result<(), RecordError> {
-    examined.check_recordable(false)?;
+fn check(examined: &Examined, kind: ProbeKind) -> Result<(), RecordError> {
+    examined.check_recordable(kind, false)?;
     if let Some(alive) = examined.stale.iter().find(|s| s.controller_lives()) {
         return Err(ProbeError::ControllerAlive { pid: examined.pid, controller: alive.controller.0 }.into());
     }

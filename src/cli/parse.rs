@@ -30,6 +30,37 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_secs_f64(seconds))
 }
 
+/// Reads `512KiB`, `1MiB`, `4096`: a number of bytes, at least 1 and below 2^40.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        other => return Err(format!("`{other}` is no unit of size: use KiB, MiB or GiB, as in 512KiB")),
+    };
+    let number: f64 = number.parse().map_err(|_| format!("`{text}` is no size: write 512KiB or 1MiB"))?;
+    let bytes = number * factor as f64;
+    if !(1.0..(1_u64 << 40) as f64).contains(&bytes) {
+        return Err(format!("`{text}` is out of range"));
+    }
+    Ok(bytes as u64)
+}
+
+/// Reads a percentage: `2`, `0.5%`.
+pub fn parse_percent(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').unwrap_or(text).trim();
+    match number.parse::<f64>() {
+        Ok(percent) if percent > 0.0 && percent <= 100.0 => Ok(percent),
+        _ => Err(format!("`{text}` is no percentage above 0 and up to 100, such as 2")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -39,6 +70,22 @@ mod tests {
         assert_eq!(parse_pid("1234"), Ok(1234));
         for bad in ["0", "-1", "2147483648", "99999999999999999999", "", "python", "12 "] {
             assert!(parse_pid(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes_and_percentages_are_read_as_people_write_them() {
+        assert_eq!(parse_size("512KiB"), Ok(512 << 10));
+        assert_eq!(parse_size("1.5MiB"), Ok(3 << 19));
+        assert_eq!(parse_size("64kb"), Ok(64_000));
+        assert_eq!(parse_size("4096"), Ok(4096));
+        for bad in ["", "0", "KiB", "1 mile", "-1", "2000000GiB", "nan"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+        assert_eq!(parse_percent("2"), Ok(2.0));
+        assert_eq!(parse_percent("0.5%"), Ok(0.5));
+        for bad in ["", "0", "101", "-1", "%", "NaN"] {
+            assert!(parse_percent(bad).is_err(), "{bad}");
         }
     }
 

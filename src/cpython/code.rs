@@ -3,22 +3,17 @@
 //! Code objects are freed and their addresses used again, so an address alone proves nothing: each use compares, in one read of
 //! the whole stack, the code's header and the bytes of the strings and the line table it points to with those remembered.
 
+use super::code_text::{CodeText, MAX_LINE_TABLE, MAX_NAME, UNKNOWN, name};
 use super::frame::RawFrame;
 use super::layout::Layout;
-use super::line_table::line_at;
-use super::text::{ObjectError, decode, shape, word};
+use super::text::{ObjectError, shape, word};
 use crate::addr::RemoteAddr;
 use crate::memory::RemoteMemory;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Characters of a name or path that are kept.
-const MAX_NAME: u64 = 4096;
-/// Bytes of a line table that are kept; a longer one gives no lines.
-const MAX_LINE_TABLE: u64 = 4 << 20;
 /// Bytes of a line table that are compared at every use.
 const COMPARED: usize = 512;
-const UNKNOWN: &str = "<unknown>";
 /// Remembered bytes at which the table starts anew.
 const MAX_BYTES: usize = 64 << 20;
 
@@ -42,9 +37,7 @@ struct Seen {
 struct Code {
     header: Header,
     objects: Vec<Seen>,
-    function: Arc<str>,
-    file: Arc<str>,
-    line_table: Arc<[u8]>,
+    text: CodeText,
     /// Lines already looked up.
     lines: HashMap<i32, Option<u32>>,
     /// The event it was last validated in.
@@ -127,9 +120,7 @@ impl CodeTable {
                 self.learn(memory, frame.code);
             }
             match self.codes.get_mut(&frame.code).filter(|code| code.validated == self.event) {
-                Some(code)
-                    if frame.lasti != RawFrame::NO_LASTI && frame.lasti < code.header.first_traceable * 2 => {
-                }
+                Some(code) if !code.text.has_begun(frame.lasti) => {}
                 Some(code) => out.push(code.location(&self.layout, frame.lasti)),
                 None => {
                     out.push(Location {
@@ -213,11 +204,7 @@ impl CodeTable {
             name: ptr(fields.qualname.unwrap_or(fields.name))?,
             line_table: ptr(fields.linetable)?,
             first_line: int(fields.firstlineno)?,
-            first_traceable: match fields.firsttraceable {
-                // Units of two bytes; more than any function has cells is no count.
-                Some(at) => int(at)?.clamp(0, 1 << 20),
-                None => 0,
-            },
+            first_traceable: fields.firsttraceable.map_or(Some(0), int)?,
         })
     }
 
@@ -242,8 +229,10 @@ impl CodeTable {
         let function = self.text(memory, header.name, &mut objects)?;
         let file = self.text(memory, header.filename, &mut objects)?;
         let line_table = self.line_table(memory, header.line_table, &mut objects)?;
+        let Header { first_line, first_traceable, .. } = header;
+        let text = CodeText { function, file, first_line, first_traceable, line_table };
         let (lines, validated) = (HashMap::new(), self.event);
-        Ok(Code { header, objects, function, file, line_table, lines, validated })
+        Ok(Code { header, objects, text, lines, validated })
     }
 
     fn text(
@@ -255,10 +244,7 @@ impl CodeTable {
         let shape = shape(memory, &self.layout, addr)?;
         let kept = shape.length.min(MAX_NAME);
         let bytes = memory.read_vec(shape.data, (kept * shape.width) as usize)?;
-        let mut text = decode(&bytes, shape.width);
-        if kept < shape.length {
-            text.push('…');
-        }
+        let text = name(&bytes, shape.width, shape.length);
         // The length tells two names apart of which one begins with the other.
         let length_at = addr.offset(self.layout.unicode_object.length);
         seen.push(Seen { addr: length_at, bytes: shape.length.to_le_bytes().into() });
@@ -291,25 +277,20 @@ impl Code {
         let line = match self.lines.get(&lasti) {
             Some(line) => *line,
             None => {
-                let line = if lasti == RawFrame::NO_LASTI {
-                    None
-                } else {
-                    line_at(layout.meaning.line_table, &self.line_table, self.header.first_line, lasti)
-                };
-                let line = line.and_then(|line| u32::try_from(line).ok());
+                let line = self.text.line(layout.meaning.line_table, lasti);
                 // No more instructions than the table has bytes; else these are wild pointers.
-                if self.lines.len() <= self.line_table.len() * 8 {
+                if self.lines.len() <= self.text.line_table.len() * 8 {
                     self.lines.insert(lasti, line);
                 }
                 line
             }
         };
-        Location { function: self.function.clone(), file: self.file.clone(), line }
+        Location { function: self.text.function.clone(), file: self.text.file.clone(), line }
     }
 
     /// Bytes it is counted with.
     fn weight(&self) -> usize {
         let seen: usize = self.objects.iter().map(|o| o.bytes.len() + 32).sum();
-        256 + seen + self.function.len() + self.file.len() + self.line_table.len() * 9
+        256 + seen + self.text.function.len() + self.text.file.len() + self.text.line_table.len() * 9
     }
 }

@@ -9,6 +9,7 @@ pub mod arenas;
 pub mod binary;
 pub mod code;
 pub mod code_dealloc;
+pub mod code_text;
 mod disasm;
 pub mod frame;
 pub mod layout;

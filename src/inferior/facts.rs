@@ -115,3 +115,10 @@ pub fn check_permitted(pid: i32) -> Result<(), AttachError> {
         Err(source) => Err(TraceError::Proc { path, source }.into()),
     }
 }
+
+/// A value of the auxiliary vector of `pid` (getauxval(3)).
+pub fn auxiliary(pid: i32, key: u64) -> Option<u64> {
+    let bytes = std::fs::read(format!("/proc/{}/auxv", super::maps::memory_holder(pid))).ok()?;
+    let word = |b: &[u8]| u64::from_le_bytes(b.try_into().unwrap_or_default());
+    bytes.chunks_exact(16).find(|pair| word(&pair[..8]) == key).map(|pair| word(&pair[8..]))
+}

@@ -150,6 +150,16 @@ impl Inferior {
         })
     }
 
+    /// Looks up what system calls in the target's name need, before anything is stopped for them.
+    pub fn prepare_calls(&mut self) -> Result<(), TraceError> {
+        self.gadgets().map(drop)
+    }
+
+    /// What the target's signal handlers return through, as far as known; see [`Inferior::prepare_calls`].
+    pub fn restorer(&self) -> Option<RemoteAddr> {
+        self.gadgets.and_then(|g| g.restorer)
+    }
+
     pub(super) fn gadgets(&mut self) -> Result<Gadgets, TraceError> {
         if let Some(found) = self.gadgets {
             return Ok(found);

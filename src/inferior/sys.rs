@@ -316,7 +316,8 @@ pub fn requested_stop() -> Option<i32> {
 
 /// Whether the timer ticked since the last call.
 pub fn ticked() -> bool {
-    TICKED.swap(false, Ordering::Relaxed)
+    // The load alone, nearly always: this is asked for every event.
+    TICKED.load(Ordering::Relaxed) && TICKED.swap(false, Ordering::Relaxed)
 }
 
 /// Registers that are all zero.

@@ -25,6 +25,7 @@ use iced_x86::{
 /// Bytes of `jmp rel32`.
 pub const JUMP_LEN: usize = 5;
 const JUMP: u8 = 0xe9;
+const PAGE: u64 = 4096;
 
 /// What a thunk has to take back before it goes on, because the kept instruction will run again in the trampoline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +52,9 @@ pub enum Obstacle {
     /// The function jumps to what would be the inside of the jump.
     #[error("it jumps to {0} bytes behind its own entry, into the jump")]
     JumpedInto(usize),
+    /// The kernel writes page by page, and looks in between whether the writer was killed: half a jump would be left.
+    #[error("a jump {0} bytes behind its entry would lie across two pages")]
+    CrossesPage(usize),
     /// `loop`, `jrcxz`, `xbegin`: no form of them reaches as far as the trampoline is away.
     #[error("its instruction {0} bytes behind the entry can't be executed elsewhere")]
     NotMovable(usize),
@@ -215,6 +219,9 @@ fn decode(entry: &EntryPoint, offset: usize) -> Result<Instruction, Obstacle> {
 
 /// Length of the whole instructions that a jump at `from` covers.
 fn covered(entry: &EntryPoint, from: usize) -> Result<usize, Obstacle> {
+    if (entry.address.0 + from as u64) % PAGE > PAGE - JUMP_LEN as u64 {
+        return Err(Obstacle::CrossesPage(from));
+    }
     let mut to = from;
     while to < from + JUMP_LEN {
         let instruction = decode(entry, to)?;

@@ -99,6 +99,23 @@ pub enum ProbeError {
         /// How many.
         len: usize,
     },
+    /// The target may not map new executable memory.
+    #[error(
+        "process {pid} may not map new executable memory ({errno}): a security policy (SELinux execmem, …) \
+         forbids recording this process"
+    )]
+    NoNewCode {
+        /// The target.
+        pid: i32,
+        /// What the kernel said.
+        errno: nix::errno::Errno,
+    },
+    /// The agent built into this binary is not what the loader expects.
+    #[error("heaptap's own in-target agent can't be loaded: {what}")]
+    Agent {
+        /// What is wrong with it.
+        what: String,
+    },
     /// A request to the process failed.
     #[error(transparent)]
     Trace(#[from] TraceError),

@@ -254,7 +254,8 @@ fn report(result: Result<(), TraceError>) {
     }
 }
 
-fn myself() -> Result<Controller, ProbeError> {
+/// This heaptap, as regions name it.
+pub fn myself() -> Result<Controller, ProbeError> {
     let pid = std::process::id() as i32;
     let start_time = maps::start_time(pid)
         .map_err(|e| TraceError::Proc { path: "/proc/self/stat".into(), source: std::io::Error::other(e) })?;

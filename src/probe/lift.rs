@@ -34,7 +34,7 @@ pub struct LeftBehind {
     pub busy: bool,
 }
 
-fn why_busy(inferior: &Inferior) -> String {
+pub(super) fn why_busy(inferior: &Inferior) -> String {
     match inferior.unstopped().first() {
         Some(tid) => format!("thread {tid} sleeps in the kernel and does not stop"),
         None if inferior.has_guests() => "a child still runs in the target's own memory".into(),

@@ -1,16 +1,20 @@
-//! Regions that an earlier heaptap left behind when it was killed: found by their magic, undone by their own
-//! table of patches.
+//! What an earlier heaptap left behind when it was killed, of either kind: found by the magic of its first region, undone by that
+//! region's own table of patches. A forked child of a recorded process has the same, from its birth on.
 //!
 //! Nothing in a region is trusted further than it can be checked: a patch is undone only where memory holds
-//! exactly what that patch planted.
+//! exactly what that patch planted, a mapping is unmapped only where it looks like ours.
 
 use super::error::ProbeError;
-use super::install::{calling_thread, munmap, sigaction};
+use super::install::{calling_thread, sigaction};
+use super::jump::Presence;
 use super::lift::LeftBehind;
+use super::near::{self, Parts};
 use super::references;
-use super::region::{HANDLER_INSTALLED, HEADER_LEN, MAGIC, ORIGINAL_ACTION, PATCH_LEN, REGION_LEN};
+use super::region::{HANDLER_INSTALLED, HEADER_LEN, MAGIC, NOP, ORIGINAL_ACTION, PATCH_LEN, REGION_LEN};
 use crate::addr::RemoteAddr;
+use crate::agent_abi::{ABI_VERSION, STATE_MAGIC, State};
 use crate::inferior::error::TraceError;
+use crate::inferior::remote_call::Call;
 use crate::inferior::{Inferior, facts, maps};
 use crate::mapping::{Backing, Mapping};
 use crate::memory::RemoteMemory;
@@ -19,6 +23,7 @@ use std::time::{Duration, Instant};
 /// Bytes of each thread's stack that are searched for return addresses into a region.
 const STACK_SCAN: usize = 256 << 10;
 const PATIENCE: Duration = Duration::from_secs(1);
+const PAGE: u64 = 4096;
 
 /// A region found in a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,12 +35,29 @@ pub struct Stale {
     handler_installed: bool,
     /// address, length, before, planted
     patches: Vec<(RemoteAddr, usize, [u8; 8], [u8; 8])>,
+    /// The rest of the jump kind.
+    jump: Option<Jump>,
+}
+
+/// What the jump kind has beside its first region.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Jump {
+    parts: Parts,
+    others: Vec<RemoteAddr>,
+    /// The state is not of a live recording: a forked child's, which is wiped.
+    inherited: bool,
 }
 
 impl Stale {
     /// Whether the heaptap that wrote it still runs.
     pub fn controller_lives(&self) -> bool {
-        maps::start_time(self.controller.0).is_ok_and(|t| t == self.controller.1)
+        let inherited = self.jump.as_ref().is_some_and(|j| j.inherited);
+        !inherited && maps::start_time(self.controller.0).is_ok_and(|t| t == self.controller.1)
+    }
+
+    /// Whether it is of the jump kind.
+    pub fn is_jump(&self) -> bool {
+        self.jump.is_some()
     }
 
     /// Whether the disposition of SIGTRAP leads into it.
@@ -65,26 +87,65 @@ impl Stale {
             if now.is_ok_and(|now| now == planted[..*len]) {
                 inferior.write(*address, &before[..*len])?;
             } else if let Some(thunk) = self.thunk_of_word(*len, *planted) {
-                inferior.write(thunk, &[super::region::NOP])?;
+                if self.is_jump() {
+                    inferior.write(thunk, &near::pass_on(RemoteAddr(u64::from_le_bytes(*before))))?;
+                } else {
+                    inferior.write(thunk, &[NOP])?;
+                }
                 changed.push(thunk.0);
             }
         }
         Ok(changed)
     }
+
+    /// Ranges in which a thread executes our code.
+    fn code(&self) -> Vec<(RemoteAddr, u64)> {
+        let region = |at| (at, REGION_LEN as u64);
+        match &self.jump {
+            None => vec![region(self.base)],
+            Some(jump) => {
+                std::iter::once(jump.parts.code).chain(jump.others.iter().map(|at| region(*at))).collect()
+            }
+        }
+    }
+
+    /// Everything mapped, the first region last, so that what finds the rest goes when the rest is gone. `keep`: without the
+    /// first region.
+    fn mapped(&self, maps: &[Mapping], keep: bool) -> Vec<(RemoteAddr, u64)> {
+        let Some(jump) = &self.jump else {
+            return if keep { vec![] } else { vec![(self.base, REGION_LEN as u64)] };
+        };
+        let at = |addr: RemoteAddr| maps.iter().find(|m| m.contains(addr));
+        let is_ring =
+            |m: &Mapping| matches!(&m.backing, Backing::File { path, .. } if path.ends_with(near::MEMFD));
+        let rings = at(jump.parts.rings.0).is_some_and(is_ring).then_some(jump.parts.rings);
+        let private = |m: &Mapping| m.backing == Backing::Anonymous && m.perms.write && !m.perms.execute;
+        let state = at(jump.parts.state.0).is_some_and(private).then_some(jump.parts.state);
+        let others = jump.others.iter().map(|at| (*at, REGION_LEN as u64));
+        let (base, len) = jump.parts.code;
+        let first = if keep { REGION_LEN as u64 } else { 0 };
+        rings.into_iter().chain(state).chain(others).chain([(base.offset(first), len - first)]).collect()
+    }
 }
 
 /// Every region of ours in a process. Reads only.
 pub fn find(memory: &dyn RemoteMemory, maps: &[Mapping]) -> Vec<Stale> {
-    let candidates = maps.iter().filter(|m| {
-        m.backing == Backing::Anonymous
-            && m.perms.execute
-            && !m.perms.write
-            && m.len() % REGION_LEN as u64 == 0
-    });
+    let candidates =
+        maps.iter().filter(|m| m.backing == Backing::Anonymous && m.perms.execute && !m.perms.write);
     // The kernel shows neighbouring mappings with equal rights as one.
-    candidates
-        .flat_map(|m| (0..m.len() / REGION_LEN as u64).map(move |i| m.start.offset(i * REGION_LEN as u64)))
-        .filter_map(|base| parse(base, &memory.read_vec(base, REGION_LEN).ok()?))
+    let pages = candidates.flat_map(|m| (0..m.len() / PAGE).map(move |i| m.start.offset(i * PAGE)));
+    let with_magic = pages.filter(|page| {
+        memory.read_vec(*page, MAGIC.len()).is_ok_and(|bytes| bytes == MAGIC || bytes == near::MAGIC)
+    });
+    with_magic
+        .filter_map(|base| {
+            let mut stale = parse(base, &memory.read_vec(base, REGION_LEN).ok()?)?;
+            if let Some(jump) = &mut stale.jump {
+                let magic = jump.parts.state.0.offset(std::mem::offset_of!(State, magic) as u64);
+                jump.inherited = memory.read_u64(magic).ok() != Some(STATE_MAGIC);
+            }
+            Some(stale)
+        })
         .collect()
 }
 
@@ -93,9 +154,11 @@ fn word(bytes: &[u8], at: usize) -> Option<u64> {
 }
 
 fn parse(base: RemoteAddr, bytes: &[u8]) -> Option<Stale> {
-    if bytes.get(..8)? != MAGIC {
-        return None;
-    }
+    let jump = match bytes.get(..8)? {
+        magic if magic == MAGIC => None,
+        magic if magic == near::MAGIC => Some(parse_jump(base, bytes)?),
+        _ => return None,
+    };
     let count = u32::from_le_bytes(bytes.get(12..16)?.try_into().ok()?) as usize;
     let mut patches = Vec::new();
     for i in 0..count {
@@ -110,9 +173,34 @@ fn parse(base: RemoteAddr, bytes: &[u8]) -> Option<Stale> {
     Some(Stale {
         base,
         controller: (i32::try_from(word(bytes, 16)?).ok()?, word(bytes, 24)?),
-        handler_installed: word(bytes, HANDLER_INSTALLED as usize)? == 1,
+        handler_installed: jump.is_none() && word(bytes, HANDLER_INSTALLED as usize)? == 1,
         patches,
+        jump,
     })
+}
+
+fn parse_jump(base: RemoteAddr, bytes: &[u8]) -> Option<Jump> {
+    let pair = |at| Some((RemoteAddr(word(bytes, at)?), word(bytes, at + 8)?));
+    let parts =
+        Parts { state: pair(near::STATE_AT)?, rings: pair(near::RINGS_AT)?, code: pair(near::CODE_AT)? };
+    // Not the first region, or one that was not finished when heaptap was killed: it is found by itself.
+    let unfinished = parts.code == (RemoteAddr::NULL, 0);
+    let abi = u32::from_le_bytes(bytes.get(near::ABI_AT..near::ABI_AT + 4)?.try_into().ok()?);
+    let plausible = parts.code.0 == base
+        && (REGION_LEN as u64..16 << 20).contains(&parts.code.1)
+        && parts.state.1 < 1 << 30
+        && abi == ABI_VERSION;
+    let others = (0..8).map_while(|i| word(bytes, near::OTHERS_AT + 8 * i).filter(|at| *at != 0));
+    let others: Vec<_> = others.map(RemoteAddr).collect();
+    match (unfinished, plausible) {
+        (true, _) => Some(Jump {
+            parts: Parts { code: (base, REGION_LEN as u64), ..Parts::default() },
+            others: vec![],
+            inherited: false,
+        }),
+        (false, true) => Some(Jump { parts, others, inherited: false }),
+        (false, false) => None,
+    }
 }
 
 /// Removes the regions found in a stopped process and undoes their patches. The process is stopped before
@@ -124,6 +212,7 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
     if facts::has_seccomp(inferior.pid())? {
         inferior.suspend_filters().map_err(|errno| ProbeError::Seccomp { errno })?;
     }
+    inferior.prepare_calls()?;
     let mut changed = Vec::new();
     for stale in found {
         changed.push(stale.undo_patches(inferior)?);
@@ -142,6 +231,7 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
         inferior.stop_to_leave()?;
     }
     let tid = calling_thread(inferior)?;
+    let maps = mappings(inferior)?;
     for stale in found {
         if stale.handler_installed {
             let original = stale.base.offset(ORIGINAL_ACTION);
@@ -150,19 +240,54 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
     }
     for (stale, thunks) in found.iter().zip(changed) {
         if references::any(inferior, &thunks)? {
-            inferior.write(stale.base.offset(HANDLER_INSTALLED), &0_u64.to_le_bytes())?;
+            if !stale.is_jump() {
+                inferior.write(stale.base.offset(HANDLER_INSTALLED), &0_u64.to_le_bytes())?;
+            }
             left.regions.push(stale.base);
             left.why = vec![references::WHY.into()];
+            unmap(inferior, tid, &stale.mapped(&maps, true))?;
         } else {
-            inferior.remote_syscall(tid, munmap(stale.base))?;
+            unmap(inferior, tid, &stale.mapped(&maps, false))?;
         }
     }
     Ok(left)
 }
 
-/// Whether a thread is in a region, holds an address of one, or may return into one. Nobody kept the
-/// calls under way: the stacks are searched, which can only err on the careful side.
+fn unmap(inferior: &mut Inferior, tid: i32, ranges: &[(RemoteAddr, u64)]) -> Result<(), ProbeError> {
+    for (at, len) in ranges {
+        let args = [at.0, *len, 0, 0, 0, 0];
+        inferior.remote_syscall(tid, Call { name: "munmap", number: libc::SYS_munmap, args })?;
+    }
+    Ok(())
+}
+
+fn mappings(inferior: &Inferior) -> Result<Vec<Mapping>, TraceError> {
+    let pid = inferior.pid();
+    maps::mappings(pid)
+        .map_err(|e| TraceError::Proc { path: format!("/proc/{pid}/maps"), source: std::io::Error::other(e) })
+}
+
 fn is_busy(inferior: &Inferior, found: &[Stale]) -> Result<bool, ProbeError> {
+    for stale in found {
+        let Some(jump) = &stale.jump else { continue };
+        let planted = stale.patches.iter().filter(|(_, len, ..)| *len == 8);
+        let presence = Presence {
+            code: stale.code(),
+            thunks: planted.map(|(.., planted)| u64::from_le_bytes(*planted)).collect(),
+            state: (!jump.inherited && jump.parts.state.1 > 0).then_some(jump.parts.state.0),
+            inferior,
+        };
+        if presence.is_busy()? {
+            return Ok(true);
+        }
+    }
+    let traps: Vec<&Stale> = found.iter().filter(|s| !s.is_jump()).collect();
+    if traps.is_empty() { Ok(false) } else { is_busy_with_traps(inferior, &traps) }
+}
+
+/// Whether a thread is in a region of the trap kind, holds an address of one, or may return into one. Nobody kept the
+/// calls under way: the stacks are searched, which can only err on the careful side.
+fn is_busy_with_traps(inferior: &Inferior, found: &[&Stale]) -> Result<bool, ProbeError> {
     let inside = |value: u64| found.iter().any(|s| value.wrapping_sub(s.base.0) < REGION_LEN as u64);
     for tid in inferior.tids() {
         let regs = match inferior.registers(tid) {

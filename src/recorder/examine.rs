@@ -38,6 +38,17 @@ pub struct Examined {
     pub seccomp: bool,
     /// Whether job control has it stopped: then it allocates nothing until it is continued.
     pub stopped: bool,
+    /// The word that holds `PyCode_Type.tp_dealloc`, and what it holds when nothing of ours is in it.
+    pub code_dealloc: (RemoteAddr, RemoteAddr),
+}
+
+/// The kind of breakpoint that a process is examined for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A jump to the agent in the target.
+    Jump,
+    /// An int3 and ptrace.
+    Trap,
 }
 
 /// A module, as the plan wants to see it.
@@ -70,8 +81,9 @@ impl Definitions for ModuleDefinitions<'_> {
     }
 }
 
-/// Examines `pid`. With `python_allocators` the plan includes CPython's allocator tables.
-pub fn examine(pid: i32, python_allocators: bool) -> Result<Examined, RecordError> {
+/// Examines `pid`. With `python_allocators` the plan includes CPython's allocator tables; a free-threaded build has nothing
+/// else to be recorded by.
+pub fn examine(pid: i32, kind: Kind, python_allocators: bool) -> Result<Examined, RecordError> {
     facts::check_attachable(pid)?;
     let memory = ProcessMemory::new(pid);
     let maps = maps::mappings(pid)?;
@@ -79,7 +91,8 @@ pub fn examine(pid: i32, python_allocators: bool) -> Result<Examined, RecordErro
     let python = Python::locate(&memory, &binaries(&modules))?;
     let libc = libc_of(&modules);
     let stale = stale::find(&memory, &maps);
-    let words = if python_allocators { table_words(&python, &memory, &modules, &stale)? } else { Vec::new() };
+    let tables = python_allocators || (kind == Kind::Jump && python.flavour == Flavour::FreeThreaded);
+    let words = if tables { table_words(&python, &memory, &modules, &stale)? } else { Vec::new() };
     let libc_index = libc.as_ref().map(|l| l.module);
     let definitions: Vec<_> = modules
         .iter()
@@ -95,7 +108,20 @@ pub fn examine(pid: i32, python_allocators: bool) -> Result<Examined, RecordErro
     // The handler of a killed heaptap is no use that the application makes of SIGTRAP.
     let sigtrap = if stale.iter().any(Stale::has_handler) { None } else { sigtrap_use(pid)? };
     let stopped = facts::state(pid, pid) == Some('T');
-    Ok(Examined { pid, maps, modules, libc, python, plan, stale, sigtrap, seccomp, stopped })
+    let code_dealloc = code_dealloc(&python, &memory, &modules, &stale)?;
+    Ok(Examined { pid, maps, modules, libc, python, plan, stale, sigtrap, seccomp, stopped, code_dealloc })
+}
+
+/// What a killed heaptap left in the word is taken back before anything is planted.
+fn code_dealloc(
+    python: &Python,
+    memory: &ProcessMemory,
+    modules: &[Module],
+    stale: &[Stale],
+) -> Result<(RemoteAddr, RemoteAddr), RecordError> {
+    let (word, value) = python.code_dealloc_word(memory, &binaries(modules))?;
+    let before = stale.iter().find_map(|s| s.word_before(word, value));
+    Ok((word, before.unwrap_or(value)))
 }
 
 fn table_words(
@@ -175,26 +201,22 @@ fn blocked_for_a_moment(pid: i32, tid: i32, bit: u64) -> bool {
 
 impl Examined {
     /// Why this process can't be recorded though it can be looked at.
-    pub fn check_recordable(&self, unsafe_trap: bool) -> Result<(), RecordError> {
+    pub fn check_recordable(&self, kind: Kind, unsafe_trap: bool) -> Result<(), RecordError> {
         let refuse = |why: String| RecordError::NotRecordable { pid: self.pid, why };
+        if self.libc.is_none() {
+            return Err(refuse("its C library is linked statically: no entry points are known".into()));
+        }
+        if kind == Kind::Jump {
+            return Ok(());
+        }
         if self.python.flavour == Flavour::FreeThreaded {
             return Err(refuse(format!(
-                "CPython {} is a free-threaded build: its stacks can be read (`heaptap stacks`), recording it is not \
-                 supported yet",
+                "CPython {} is a free-threaded build, which only `--breakpoints jump` records",
                 self.python.version
             )));
         }
-        match &self.libc {
-            Some(libc) if libc.kind == LibcKind::Musl => {
-                return Err(refuse(
-                    "it runs on musl: its stacks can be read (`heaptap stacks`), recording it is not supported yet"
-                        .into(),
-                ));
-            }
-            Some(_) => {}
-            None => {
-                return Err(refuse("its C library is linked statically: no entry points are known".into()));
-            }
+        if self.libc.as_ref().is_some_and(|libc| libc.kind == LibcKind::Musl) {
+            return Err(refuse("it runs on musl, which only `--breakpoints jump` records".into()));
         }
         match &self.sigtrap {
             Some(how) if !unsafe_trap => Err(ProbeError::SigtrapInUse { how: how.clone() }.into()),

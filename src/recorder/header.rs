@@ -2,6 +2,7 @@
 
 use super::examine::Examined;
 use super::ledger::kind;
+use super::plant::JumpOptions;
 use crate::capture::{self, BreakpointKind, Header, LibcFacts, PythonFacts};
 use crate::image::libc::LibcKind;
 use crate::inferior::maps;
@@ -15,8 +16,9 @@ pub fn unix_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
 }
 
-/// The facts of a recording by the trap kind of breakpoint that begins now.
-pub fn header(examined: &Examined, python_allocators: bool) -> Header {
+/// The facts of a recording that begins now; `jump` for that kind of breakpoint.
+pub fn header(examined: &Examined, jump: Option<&JumpOptions>) -> Header {
+    let sampled = jump.filter(|j| !j.exact);
     let pid = examined.pid;
     let kernel = nix::sys::utsname::uname().ok();
     let text = |s: Option<&std::ffi::OsStr>| s.map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
@@ -41,9 +43,11 @@ pub fn header(examined: &Examined, python_allocators: bool) -> Header {
         },
         allocator_library: examined.allocator_library(),
         layout_source: examined.python.layout_source.clone(),
-        breakpoints: BreakpointKind::Trap,
-        python_allocators,
-        sampling_mean_bytes: None,
+        breakpoints: if jump.is_some() { BreakpointKind::Jump } else { BreakpointKind::Trap },
+        python_allocators: !examined.plan.words.is_empty(),
+        sampling_mean_bytes: sampled.map(|j| j.sample),
+        sampling_seed: sampled.map(|j| j.seed),
+        max_cpu_percent: sampled.and_then(|j| j.max_cpu),
         entry_points: entry_points(examined),
         modules: examined.modules.iter().map(module).collect(),
     }

@@ -9,23 +9,41 @@ use super::RecordError;
 use super::given_back::GivenBack;
 use crate::addr::RemoteAddr;
 use crate::capture::{
-    Allocation, AllocatorKind, CaptureWriter, Displaced, DropReason, FrameId, Free, FreeUnknown, LiveSet,
-    StackId, Unmap,
+    Allocation, AllocatorKind, CaptureWriter, Displaced, DropReason, Free, FreeUnknown, LiveSet, StackId,
+    Unmap,
 };
-use crate::cpython::Location;
 use crate::probe::calls::Observation;
 use crate::probe::function::{Answer, Domain, Function, Member, Request};
-use std::collections::HashMap;
-use std::sync::Arc;
 
-/// Distinct locations remembered before the memory of them starts anew.
-const MAX_LOCATIONS: usize = 1 << 20;
+/// Calls under way that are remembered: threads that died in one leave theirs behind.
+const MAX_UNDER_WAY: usize = 4096;
+
+/// What is known of memory that was given out, beside the call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Origin {
+    /// The Python stack.
+    pub stack: StackId,
+    /// Mean sampling interval of the draw that took it; 0 where every event is recorded.
+    pub interval: u64,
+}
 
 /// Something that a call under way may give back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Held {
     Block(RemoteAddr),
     Range(RemoteAddr, u64),
+}
+
+impl Held {
+    /// Whether what is given out from `address` on lies in it. A block is given out again where it begins.
+    fn overlaps(self, address: RemoteAddr, size: u64) -> bool {
+        match self {
+            Self::Block(old) => old == address,
+            Self::Range(start, len) => {
+                address.0 < start.0.saturating_add(len) && start.0 < address.0.saturating_add(size)
+            }
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -35,9 +53,6 @@ struct UnderWay {
     function: Function,
     written: bool,
 }
-
-/// A location by the identity of its parts; the parts are kept, so that an address stays theirs.
-type LocationKey = (usize, usize, u32);
 
 /// What the ledger counts beside the writer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -60,8 +75,6 @@ pub struct Ledger {
     live: LiveSet,
     given_back: GivenBack,
     under_way: Vec<UnderWay>,
-    locations: HashMap<LocationKey, (Arc<str>, Arc<str>, FrameId)>,
-    frame_ids: Vec<FrameId>,
     tally: Tally,
     now_ns: u64,
 }
@@ -74,8 +87,6 @@ impl Ledger {
             live: LiveSet::new(page_size),
             given_back: GivenBack::default(),
             under_way: Vec::new(),
-            locations: HashMap::new(),
-            frame_ids: Vec::new(),
             tally: Tally::default(),
             now_ns: 0,
         }
@@ -107,23 +118,21 @@ impl Ledger {
         self.writer
     }
 
-    /// Takes an observation of thread `tid`; `stack` is the Python stack (innermost first) where memory was given out.
-    pub fn observe(
-        &mut self,
-        tid: i32,
-        observation: Observation,
-        stack: &[Location],
-    ) -> Result<(), RecordError> {
+    /// Takes an observation of thread `tid`; `origin` tells more of memory that was given out.
+    pub fn observe(&mut self, tid: i32, observation: Observation, origin: Origin) -> Result<(), RecordError> {
         match observation {
             Observation::Nothing => Ok(()),
-            Observation::Freed { function, address } => self.free_block(tid, function, address),
+            Observation::Freed { function, address } => {
+                self.has_failed(address);
+                self.free_block(tid, function, address)
+            }
             Observation::FreedInside { function, address } => self.free_inside(tid, function, address),
             Observation::Begins { function, request } => {
                 self.begin(tid, function, request);
                 Ok(())
             }
             Observation::Ended { function, request, answer } => {
-                self.end(tid, function, request, answer, stack)
+                self.end(tid, function, request, answer, origin)
             }
             Observation::Unmatched => {
                 self.tally.unmatched += 1;
@@ -146,6 +155,12 @@ impl Ledger {
             _ => return,
         };
         self.forget(tid);
+        if let Held::Block(block) = held {
+            self.has_failed(block);
+        }
+        if self.under_way.len() >= MAX_UNDER_WAY {
+            self.under_way.remove(0);
+        }
         self.under_way.push(UnderWay { tid, held, function, written: false });
     }
 
@@ -155,7 +170,7 @@ impl Ledger {
         function: Function,
         request: Request,
         answer: Answer,
-        stack: &[Location],
+        origin: Origin,
     ) -> Result<(), RecordError> {
         let begun = self.under_way.iter().position(|u| u.tid == tid).map(|i| self.under_way.swap_remove(i));
         if answer == Answer::Failed {
@@ -166,13 +181,8 @@ impl Ledger {
             self.give_back(tid, function, begun.held)?;
         }
         let Answer::Address(address) = answer else { return Ok(()) };
-        let size = match request {
-            Request::Allocate { size } => size.unwrap_or(0),
-            Request::AllocateInto { size, .. } | Request::Reallocate { size, .. } => size,
-            Request::Map { len } | Request::Remap { len, .. } => len,
-            Request::Free { .. } | Request::Unmap { .. } | Request::Nothing => return Ok(()),
-        };
-        self.allocated(tid, function, address, size, stack)
+        let Some(size) = size(request) else { return Ok(()) };
+        self.allocated(tid, function, address, size, origin)
     }
 
     fn allocated(
@@ -181,12 +191,12 @@ impl Ledger {
         function: Function,
         address: RemoteAddr,
         size: u64,
-        stack: &[Location],
+        origin: Origin,
     ) -> Result<(), RecordError> {
         self.let_go_of_overlapped(address, size)?;
         self.given_back.allocated(address);
-        let stack = self.intern(stack)?;
-        let event = Allocation { allocator: kind(function), tid: tid as u32, address, size, stack };
+        let (allocator, Origin { stack, interval }) = (kind(function), origin);
+        let event = Allocation { allocator, tid: tid as u32, address, size, stack, interval };
         if let Displaced::Block(_) = self.live.allocate(&event, self.now_ns) {
             self.tally.missed_frees += 1;
         }
@@ -197,13 +207,7 @@ impl Ledger {
     fn let_go_of_overlapped(&mut self, address: RemoteAddr, size: u64) -> Result<(), RecordError> {
         for i in 0..self.under_way.len() {
             let u = self.under_way[i];
-            let overlaps = match u.held {
-                Held::Block(old) => old == address,
-                Held::Range(start, len) => {
-                    address.0 < start.0.saturating_add(len) && start.0 < address.0.saturating_add(size)
-                }
-            };
-            if overlaps && !u.written {
+            if !u.written && u.held.overlaps(address, size) {
                 self.give_back(u.tid, u.function, u.held)?;
                 self.under_way[i].written = true;
             }
@@ -224,6 +228,14 @@ impl Ledger {
         }
     }
 
+    /// A call under way that holds this block, which somebody else is about to give back, came to nothing: its end (no number
+    /// orders that of a failed call) is yet to be told.
+    fn has_failed(&mut self, block: RemoteAddr) {
+        for under_way in self.under_way.iter_mut().filter(|u| u.held == Held::Block(block)) {
+            under_way.written = true;
+        }
+    }
+
     fn free_block(&mut self, tid: i32, function: Function, address: RemoteAddr) -> Result<(), RecordError> {
         let (deallocator, tid) = (kind(function), tid as u32);
         if self.live.free(address).is_some() {
@@ -241,32 +253,22 @@ impl Ledger {
     /// A free inside another call is that call's own business, unless it gives back a block that is known to live and
     /// that the call does not hold.
     fn free_inside(&mut self, tid: i32, function: Function, address: RemoteAddr) -> Result<(), RecordError> {
-        let held = self.under_way.iter().any(|u| u.held == Held::Block(address));
-        if held || self.live.block(address).is_none() {
+        let holds = |u: &UnderWay| u.tid == tid && u.held == Held::Block(address) && !u.written;
+        if self.under_way.iter().any(holds) || !self.live.is_live(address) {
             return Ok(());
         }
+        self.has_failed(address);
         self.free_block(tid, function, address)
     }
+}
 
-    fn intern(&mut self, stack: &[Location]) -> Result<StackId, RecordError> {
-        if self.locations.len() > MAX_LOCATIONS {
-            self.locations.clear();
-        }
-        self.frame_ids.clear();
-        for location in stack {
-            let line = location.line.unwrap_or(0);
-            let key = (location.function.as_ptr() as usize, location.file.as_ptr() as usize, line);
-            let id = match self.locations.get(&key) {
-                Some((_, _, id)) => *id,
-                None => {
-                    let id = self.writer.intern_frame(&location.function, &location.file, line)?;
-                    self.locations.insert(key, (location.function.clone(), location.file.clone(), id));
-                    id
-                }
-            };
-            self.frame_ids.push(id);
-        }
-        Ok(self.writer.intern_stack(&self.frame_ids)?)
+/// Bytes that a call asked for; `None` for one that gives nothing out.
+fn size(request: Request) -> Option<u64> {
+    match request {
+        Request::Allocate { size } => Some(size.unwrap_or(0)),
+        Request::AllocateInto { size, .. } | Request::Reallocate { size, .. } => Some(size),
+        Request::Map { len } | Request::Remap { len, .. } => Some(len),
+        Request::Free { .. } | Request::Unmap { .. } | Request::Nothing => None,
     }
 }
 
@@ -331,17 +333,17 @@ mod tests {
         let mut ledger = Ledger::new(writer, 4096);
         // A thread frees its block; at its end the thread's cache is given back.
         for call in [allocated(0x1000), freed(Function::Free, 0x1000), freed(Function::Free, 0x1000)] {
-            ledger.observe(1, call, &[]).unwrap();
+            ledger.observe(1, call, Origin::default()).unwrap();
         }
         assert_eq!((ledger.tally().freed_again, ledger.writer().counters().frees_from_before), (1, 0));
         // A block of before is told once, and its second free is libc's too.
         for call in [freed(Function::Free, 0x2000), freed(Function::Free, 0x2000)] {
-            ledger.observe(1, call, &[]).unwrap();
+            ledger.observe(1, call, Origin::default()).unwrap();
         }
         assert_eq!((ledger.tally().freed_again, ledger.writer().counters().frees_from_before), (2, 1));
         // Given out again, the address is a new block.
         for call in [allocated(0x1000), freed(Function::Free, 0x1000)] {
-            ledger.observe(1, call, &[]).unwrap();
+            ledger.observe(1, call, Origin::default()).unwrap();
         }
         assert_eq!((ledger.tally().freed_again, ledger.writer().counters().frees), (2, 2));
     }

@@ -3,14 +3,23 @@
 //!
 //! Knows live processes and the capture's writer; knows nothing of reports or of the command line.
 
+pub mod aged;
+pub mod agent;
+pub mod clock;
 pub mod examine;
 pub mod given_back;
 pub mod header;
 pub mod ledger;
+pub mod locations;
 pub mod look;
+pub mod merge;
+pub mod plant;
 pub mod record;
 pub mod source;
+mod stripes;
 pub mod thread_names;
+pub mod told;
+pub mod translate;
 pub mod trap;
 
 use crate::capture::CaptureError;
@@ -37,6 +46,9 @@ pub enum RecordError {
     /// CPython's allocator tables can't be found.
     #[error(transparent)]
     Allocators(#[from] AllocatorsError),
+    /// The function that frees code objects can't be found.
+    #[error(transparent)]
+    CodeDealloc(#[from] crate::cpython::CodeDeallocError),
     /// The layout does not fit it.
     #[error(transparent)]
     Layout(#[from] LayoutError),
@@ -60,6 +72,24 @@ pub enum RecordError {
     /// Its memory can't be read.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// The agent's rings can't be mapped.
+    #[error(transparent)]
+    Ring(#[from] crate::probe::ring::RingError),
+    /// The agent found nobody there.
+    #[error(
+        "heaptap was stopped for so long that its agent in process {pid} took it for dead and switched itself off: what \
+         happened since then is not recorded"
+    )]
+    SwitchedOff {
+        /// The target.
+        pid: i32,
+    },
+    /// A thread of our own can't be started.
+    #[error("heaptap can't start a thread of its own")]
+    Thread {
+        /// Why.
+        source: std::io::Error,
+    },
     /// heaptap is at fault.
     #[error("an error in heaptap itself: {what}")]
     Panicked {

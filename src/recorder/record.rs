@@ -4,10 +4,12 @@
 //! as it was found.
 
 use super::RecordError;
-use super::examine::{Examined, examine};
+use super::agent::AgentSource;
+use super::examine::{Examined, Kind, examine};
 use super::header::{PAGE_SIZE, executable, header, unix_ns};
 use super::ledger::{Ledger, Tally};
-use super::source::{RecordSource, SourceEvent};
+use super::plant::{self, JumpOptions};
+use super::source::{RecordSource, SourceEvent, enter};
 use super::thread_names::ThreadNames;
 use super::trap::{StackReader, TrapSource};
 use crate::capture::{CaptureWriter, Counters, EndReason, Header, Trailer};
@@ -15,6 +17,7 @@ use crate::cpython::Python;
 use crate::inferior::error::TraceError;
 use crate::inferior::stop::StopEvent;
 use crate::inferior::{Inferior, maps, sys};
+use crate::probe::calls::Observation;
 use crate::probe::error::ProbeError;
 use crate::probe::install;
 use crate::probe::lift::LeftBehind;
@@ -32,6 +35,8 @@ const LAYOUT_TRIES: u32 = 5;
 const LAYOUT_PAUSE: Duration = Duration::from_millis(2);
 /// Events between two looks at the clock for the progress and the deadline.
 const EVENTS_PER_LOOK: u32 = 64;
+/// How often the progress is told.
+const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 
 /// What is to be recorded.
 #[derive(Debug, Clone)]
@@ -48,6 +53,8 @@ pub struct RecordOptions {
     pub python_allocators: bool,
     /// Plant traps even where the target uses SIGTRAP itself.
     pub unsafe_trap: bool,
+    /// How the jump kind records; `None` for the trap kind.
+    pub jump: Option<JumpOptions>,
 }
 
 /// What the caller is told while it goes on.
@@ -94,17 +101,48 @@ pub struct Summary {
 
 /// Records a process from outside, until something ends it.
 pub fn record(options: &RecordOptions, observer: &mut dyn Observer) -> Result<Summary, RecordError> {
-    let examined = examine(options.pid, options.python_allocators)?;
-    examined.check_recordable(options.unsafe_trap)?;
+    let kind = if options.jump.is_some() { Kind::Jump } else { Kind::Trap };
+    let examined = examine(options.pid, kind, options.python_allocators)?;
+    examined.check_recordable(kind, options.unsafe_trap)?;
     sys::install_stop_signals(TICK).map_err(TraceError::Wait)?;
-    let mut output = Output::prepare(options, header(&examined, options.python_allocators))?;
-    match attach(options, &examined, &mut output) {
-        Ok((source, writer)) => Session::new(source, writer, options, &examined).run(observer),
+    let mut output = Output::prepare(options, header(&examined, options.jump.as_ref()))?;
+    let attached = match &options.jump {
+        Some(jump) => attach_jumps(options, jump, &examined, &mut output).map(Attached::Jumps),
+        None => attach(options, &examined, &mut output).map(Attached::Traps),
+    };
+    match attached {
+        Ok(Attached::Traps((source, writer))) => {
+            Session::new(source, writer, options, &examined).run(observer)
+        }
+        Ok(Attached::Jumps((source, writer))) => {
+            Session::new(source, writer, options, &examined).run(observer)
+        }
         Err(error) => {
             output.discard();
             Err(error)
         }
     }
+}
+
+/// A source of either kind, and where it is to be recorded.
+enum Attached {
+    Traps((TrapSource, CaptureWriter)),
+    Jumps((AgentSource, CaptureWriter)),
+}
+
+/// Plants the agent. On failure the target runs on as it was.
+fn attach_jumps(
+    options: &RecordOptions,
+    jump: &JumpOptions,
+    examined: &Examined,
+    output: &mut Output,
+) -> Result<(AgentSource, CaptureWriter), RecordError> {
+    if let Some(alive) = examined.stale.iter().find(|s| s.controller_lives()) {
+        return Err(ProbeError::ControllerAlive { pid: options.pid, controller: alive.controller.0 }.into());
+    }
+    let planted = plant::plant(options, jump, examined, &mut || output.take())?;
+    let (planted, writer) = planted;
+    Ok((AgentSource::new(planted, examined.python.clone(), examined.seccomp)?, writer))
 }
 
 /// The capture file, made before the target is stopped where that can't lose anything.
@@ -220,14 +258,15 @@ pub(super) fn test_layout(inferior: &mut Inferior, python: &Python) -> Result<()
 }
 
 /// A recording under way.
-struct Session<'a> {
-    source: TrapSource,
+struct Session<'a, S> {
+    source: S,
     ledger: Ledger,
     names: ThreadNames,
     options: &'a RecordOptions,
     examined: &'a Examined,
     start: Instant,
     flushed: Instant,
+    told: Option<Instant>,
     events_until_look: u32,
 }
 
@@ -243,13 +282,8 @@ enum End {
     Failed(RecordError),
 }
 
-impl<'a> Session<'a> {
-    fn new(
-        source: TrapSource,
-        writer: CaptureWriter,
-        options: &'a RecordOptions,
-        examined: &'a Examined,
-    ) -> Self {
+impl<'a, S: RecordSource> Session<'a, S> {
+    fn new(source: S, writer: CaptureWriter, options: &'a RecordOptions, examined: &'a Examined) -> Self {
         let now = Instant::now();
         Self {
             source,
@@ -259,6 +293,7 @@ impl<'a> Session<'a> {
             examined,
             start: now,
             flushed: now,
+            told: None,
             events_until_look: EVENTS_PER_LOOK,
         }
     }
@@ -273,7 +308,7 @@ impl<'a> Session<'a> {
                 }));
                 drained.unwrap_or_else(|panic| End::Failed(RecordError::Panicked { what: words(&*panic) }))
             }
-            Err(error) => End::Failed(error.into()),
+            Err(error) => End::Failed(error),
         };
         self.close(end)
     }
@@ -284,23 +319,30 @@ impl<'a> Session<'a> {
                 Ok(event) => event,
                 Err(error) => return End::Failed(error),
             };
-            match event {
-                SourceEvent::Call { tid, observation } => {
-                    if let Err(error) = self.on_call(tid, observation) {
-                        return End::Failed(error);
-                    }
-                    self.events_until_look -= 1;
-                    if self.events_until_look > 0 && !sys::ticked() {
-                        continue;
-                    }
-                }
+            let taken = match event {
+                SourceEvent::Call { tid, observation, interval } => self.on_call(tid, observation, interval),
+                SourceEvent::ThreadSeen(tid) => self.names.heard(self.options.pid, tid, &mut self.ledger),
                 SourceEvent::ThreadEnded(tid) => {
                     self.ledger.forget(tid);
                     self.names.forget(tid);
+                    Ok(())
+                }
+                SourceEvent::Missing(count, reason) => {
+                    self.ledger.writer().dropped(count, reason).map_err(RecordError::from)
                 }
                 SourceEvent::Executed => return End::Executed,
                 SourceEvent::Ended(event) => return End::Gone(reason(event)),
-                SourceEvent::Idle => {}
+                SourceEvent::Idle => {
+                    self.events_until_look = 1;
+                    Ok(())
+                }
+            };
+            if let Err(error) = taken {
+                return End::Failed(error);
+            }
+            self.events_until_look -= 1;
+            if self.events_until_look > 0 && !sys::ticked() {
+                continue;
             }
             self.events_until_look = EVENTS_PER_LOOK;
             match self.look_at_the_clock(observer) {
@@ -311,33 +353,37 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn on_call(
-        &mut self,
-        tid: i32,
-        observation: crate::probe::calls::Observation,
-    ) -> Result<(), RecordError> {
-        self.ledger.time(self.start.elapsed().as_nanos() as u64);
-        let (python, memory) = (self.source.reader().python(), self.source.inferior().memory());
-        self.names.saw(self.options.pid, tid, python, memory, &mut self.ledger)?;
-        self.ledger.observe(tid, observation, self.source.stack())?;
-        self.source.proceed()
+    fn on_call(&mut self, tid: i32, observation: Observation, interval: u64) -> Result<(), RecordError> {
+        if S::COUNTS_CALLS {
+            let (python, memory) = (self.source.python(), self.source.memory());
+            self.names.saw(self.options.pid, tid, python, memory, &mut self.ledger)?;
+        }
+        enter(&mut self.source, &mut self.ledger, (tid, observation, interval))
     }
 
     /// Flushes, tells the progress, and answers why to end, if there is a reason.
     fn look_at_the_clock(&mut self, observer: &mut dyn Observer) -> Result<Option<EndReason>, RecordError> {
-        let elapsed = self.start.elapsed();
-        if self.flushed.elapsed() >= FLUSH_EVERY {
-            self.flushed = Instant::now();
-            let (python, memory) = (self.source.reader().python(), self.source.inferior().memory());
+        let now = Instant::now();
+        let elapsed = now - self.start;
+        if now - self.flushed >= FLUSH_EVERY {
+            self.flushed = now;
+            let (python, memory) = (self.source.python(), self.source.memory());
             self.names.refresh(self.options.pid, python, memory, &mut self.ledger)?;
             self.ledger.writer().flush()?;
+            self.source.every_second()?;
+        } else if self.names.is_due(now) {
+            let (python, memory) = (self.source.python(), self.source.memory());
+            self.names.look_again(self.options.pid, python, memory, &mut self.ledger, now)?;
         }
-        observer.progress(Progress {
-            elapsed,
-            counters: self.ledger.writer().counters(),
-            live_bytes: self.ledger.live().live_bytes(),
-            file_bytes: self.ledger.writer().bytes_written(),
-        });
+        if self.told.is_none_or(|told| now - told >= PROGRESS_EVERY) {
+            self.told = Some(now);
+            observer.progress(Progress {
+                elapsed,
+                counters: self.ledger.writer().counters(),
+                live_bytes: self.ledger.live().live_bytes(),
+                file_bytes: self.ledger.writer().bytes_written(),
+            });
+        }
         if let Some(signal) = sys::requested_stop() {
             return Ok(Some(EndReason::Interrupted { signal: signal_name(signal) }));
         }
@@ -348,7 +394,7 @@ impl<'a> Session<'a> {
     fn close(self, end: End) -> Result<Summary, RecordError> {
         let Self { source, mut ledger, start, options, .. } = self;
         let elapsed = start.elapsed();
-        let unreadable_stacks = source.reader().unreadable;
+        let unreadable_stacks = source.unreadable_stacks();
         let mut failed = None;
         let (reason, leaving) = match end {
             End::Gone(reason) => (reason, Leaving::Nothing),
@@ -363,11 +409,11 @@ impl<'a> Session<'a> {
         let left = match leaving {
             Leaving::Nothing => LeftBehind::default(),
             Leaving::Detach => source.abandon().map(|()| LeftBehind::default())?,
-            Leaving::Lift => source.finish(&mut |tid, observation, stack| {
-                if let Err(error) = ledger.observe(tid, observation, stack) {
-                    failed.get_or_insert(error);
-                }
-            })?,
+            Leaving::Lift => {
+                let finished = source.finish(&mut ledger)?;
+                failed = failed.or(finished.failed);
+                finished.left
+            }
         };
         let summary = finish(ledger, reason, elapsed, left, unreadable_stacks);
         match (failed, summary) {
@@ -425,11 +471,12 @@ fn words(panic: &(dyn std::any::Any + Send)) -> String {
 }
 
 /// Why recording ended, when the process did.
-fn reason(event: StopEvent) -> EndReason {
+fn reason(event: Option<StopEvent>) -> EndReason {
     match event {
-        StopEvent::Exited(code) => EndReason::TargetExited { code },
-        StopEvent::Killed(signal) => EndReason::TargetKilled { signal: signal_name(signal) },
-        _ => EndReason::Unknown,
+        Some(StopEvent::Exited(code)) => EndReason::TargetExited { code },
+        Some(StopEvent::Killed(signal)) => EndReason::TargetKilled { signal: signal_name(signal) },
+        Some(_) => EndReason::Unknown,
+        None => EndReason::TargetGone,
     }
 }
 

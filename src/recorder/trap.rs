@@ -4,19 +4,24 @@
 //! The stack is read when the call returns: it is the stack it had at the entry, and a failed call costs none.
 
 use super::RecordError;
-use super::source::{RecordSource, SourceEvent};
+use super::ledger::{Ledger, Origin};
+use super::locations::Locations;
+use super::source::{Finished, RecordSource, SourceEvent, gives_out};
+use crate::capture::{CaptureWriter, StackId};
 use crate::cpython::{CodeTable, Location, PageCache, Python, RawFrame};
 use crate::inferior::error::TraceError;
 use crate::inferior::memory::ProcessMemory;
 use crate::inferior::sys::{Registers, Wait};
 use crate::inferior::{Inferior, Notice, maps};
-use crate::probe::calls::Observation;
-use crate::probe::function::Answer;
+use crate::memory::RemoteMemory;
 use crate::probe::install::Installed;
 use crate::probe::lift::LeftBehind;
+use std::time::Instant;
 
 /// Frames of a stack that are kept; deeper ones are cut, and say so.
 pub const MAX_DEPTH: usize = 1024;
+/// Stands for those that were cut.
+pub const DEEPER: &str = "<deeper frames not kept>";
 /// Polls before the recorder sleeps in the kernel: a busy target's next stop is mostly a few µs away, and a
 /// sleep costs two switches of context.
 const SPINS: u32 = 200;
@@ -37,7 +42,7 @@ impl StackReader {
     /// A reader for the threads of `python`.
     pub fn new(python: Python, memory: ProcessMemory) -> Self {
         let codes = python.code_table();
-        let cut = Location { function: "<deeper frames not kept>".into(), file: "".into(), line: None };
+        let cut = Location { function: DEEPER.into(), file: "".into(), line: None };
         Self { python, codes, memory, frames: Vec::new(), stack: Vec::new(), cut, unreadable: 0 }
     }
 
@@ -76,6 +81,8 @@ pub struct TrapSource {
     inferior: Inferior,
     installed: Installed,
     reader: StackReader,
+    locations: Locations,
+    start: Instant,
     /// The thread that waits for [`RecordSource::proceed`].
     stopped: Option<i32>,
     spins: u32,
@@ -84,55 +91,13 @@ pub struct TrapSource {
 impl TrapSource {
     /// Takes over a process in which the probes are planted. It may be stopped.
     pub fn new(inferior: Inferior, installed: Installed, reader: StackReader) -> Self {
-        Self { inferior, installed, reader, stopped: None, spins: 0 }
+        let (locations, start) = (Locations::default(), Instant::now());
+        Self { inferior, installed, reader, locations, start, stopped: None, spins: 0 }
     }
 
     /// The process.
     pub fn inferior(&self) -> &Inferior {
         &self.inferior
-    }
-
-    /// What reads the stacks.
-    pub fn reader(&self) -> &StackReader {
-        &self.reader
-    }
-
-    /// Lets the stopped world run.
-    pub fn start(&mut self) -> Result<(), TraceError> {
-        self.inferior.resume()
-    }
-
-    /// Lifts the probes and lets go. `see` is told of calls that ended meanwhile, with their stacks.
-    pub fn finish(
-        self,
-        see: &mut dyn FnMut(i32, Observation, &[Location]),
-    ) -> Result<LeftBehind, RecordError> {
-        let Self { mut inferior, mut installed, mut reader, .. } = self;
-        if inferior.has_ended() {
-            return Ok(LeftBehind::default());
-        }
-        let lifted = match inferior.stop_to_leave() {
-            Ok(()) => installed.lift(&mut inferior, &mut |_, tid, regs, observation| {
-                let stack = if gives_out(&observation) { reader.read(tid, regs) } else { &[] };
-                see(tid, observation, stack);
-            }),
-            Err(error) => Err(error.into()),
-        };
-        let ended = inferior.has_ended();
-        let let_go = inferior.detach();
-        match lifted {
-            Err(_) if ended => Ok(LeftBehind::default()),
-            Err(error) => Err(error.into()),
-            Ok(left) => {
-                let_go?;
-                Ok(left)
-            }
-        }
-    }
-
-    /// Lets go of a process that executed another program: nothing of ours is in it.
-    pub fn abandon(self) -> Result<(), TraceError> {
-        self.inferior.detach()
     }
 
     fn on_trap(&mut self, tid: i32) -> Result<SourceEvent, RecordError> {
@@ -152,7 +117,7 @@ impl TrapSource {
         if gives_out(&hit.observation) {
             self.reader.read(tid, &regs);
         }
-        Ok(SourceEvent::Call { tid, observation: hit.observation })
+        Ok(SourceEvent::Call { tid, observation: hit.observation, interval: 0 })
     }
 
     /// An int3 met with SIGTRAP blocked made the kernel reset its disposition and unblock it. That the mask has
@@ -173,10 +138,6 @@ impl TrapSource {
     }
 }
 
-fn gives_out(observation: &Observation) -> bool {
-    matches!(observation, Observation::Ended { answer: Answer::Address(_), .. })
-}
-
 /// A request that finds its thread gone is no failure: its end is told by an event to come.
 fn gone_is_idle(result: Result<SourceEvent, RecordError>) -> Result<SourceEvent, RecordError> {
     match result {
@@ -186,6 +147,13 @@ fn gone_is_idle(result: Result<SourceEvent, RecordError>) -> Result<SourceEvent,
 }
 
 impl RecordSource for TrapSource {
+    const COUNTS_CALLS: bool = true;
+
+    fn start(&mut self) -> Result<(), RecordError> {
+        self.start = Instant::now();
+        Ok(self.inferior.resume()?)
+    }
+
     fn next(&mut self) -> Result<SourceEvent, RecordError> {
         self.proceed()?;
         let how = if self.spins < SPINS { Wait::Poll } else { Wait::Block };
@@ -205,12 +173,16 @@ impl RecordSource for TrapSource {
                 Ok(SourceEvent::ThreadEnded(tid))
             }
             Notice::Executed => Ok(SourceEvent::Executed),
-            Notice::Ended(how) => Ok(SourceEvent::Ended(how)),
+            Notice::Ended(how) => Ok(SourceEvent::Ended(Some(how))),
         }
     }
 
-    fn stack(&self) -> &[Location] {
-        &self.reader.stack
+    fn stack(&mut self, writer: &mut CaptureWriter) -> Result<Option<StackId>, RecordError> {
+        self.locations.intern(&self.reader.stack, writer).map(Some)
+    }
+
+    fn time_ns(&mut self) -> u64 {
+        self.start.elapsed().as_nanos() as u64
     }
 
     fn proceed(&mut self) -> Result<(), RecordError> {
@@ -218,5 +190,58 @@ impl RecordSource for TrapSource {
             self.inferior.let_go(tid)?;
         }
         Ok(())
+    }
+
+    fn every_second(&mut self) -> Result<(), RecordError> {
+        Ok(())
+    }
+
+    fn python(&self) -> &Python {
+        self.reader.python()
+    }
+
+    fn memory(&self) -> &dyn RemoteMemory {
+        self.inferior.memory()
+    }
+
+    fn unreadable_stacks(&self) -> u64 {
+        self.reader.unreadable
+    }
+
+    fn finish(self, ledger: &mut Ledger) -> Result<Finished, RecordError> {
+        let Self { mut inferior, mut installed, mut reader, mut locations, .. } = self;
+        if inferior.has_ended() {
+            return Ok(Finished::default());
+        }
+        let mut failed = None;
+        let mut see = |tid, regs: &Registers, observation| {
+            let mut stack = StackId::EMPTY;
+            if gives_out(&observation) {
+                stack = locations.intern(reader.read(tid, regs), ledger.writer())?;
+            }
+            ledger.observe(tid, observation, Origin { stack, interval: 0 })
+        };
+        let lifted = match inferior.stop_to_leave() {
+            Ok(()) => installed.lift(&mut inferior, &mut |_, tid, regs, observation| {
+                if let Err(error) = see(tid, regs, observation) {
+                    failed.get_or_insert(error);
+                }
+            }),
+            Err(error) => Err(error.into()),
+        };
+        let ended = inferior.has_ended();
+        let let_go = inferior.detach();
+        match lifted {
+            Err(_) if ended => Ok(Finished { left: LeftBehind::default(), failed }),
+            Err(error) => Err(error.into()),
+            Ok(left) => {
+                let_go?;
+                Ok(Finished { left, failed })
+            }
+        }
+    }
+
+    fn abandon(self) -> Result<(), RecordError> {
+        Ok(self.inferior.detach()?)
     }
 }

@@ -50,6 +50,7 @@ pub(super) fn write_columns(
         writeln!(out, "nothing to show")?;
         return Ok(());
     }
+    let rows = &with_errors_in_line(columns, rows);
     let width = width.unwrap_or(usize::MAX);
     let layouts = [(false, true), (true, true), (true, false)];
     let room = |(short, shares)| width.saturating_sub(taken(columns, rows, short, shares));
@@ -78,6 +79,20 @@ pub(super) fn write_columns(
         writeln!(out, "{}", line.trim_end())?;
     }
     Ok(())
+}
+
+/// Fills figures up on their right, so that in a column of them the errors begin below each other.
+fn with_errors_in_line(columns: &[Column], rows: &[Vec<String>]) -> Vec<Vec<String>> {
+    let mut rows = rows.to_vec();
+    let error = |cell: &str| cell.find(" ±").map_or(0, |at| cell[at..].chars().count());
+    for (at, _) in columns.iter().enumerate().filter(|(_, column)| column.kind == Kind::Figures) {
+        let longest = rows.iter().map(|row| error(&row[at])).max().unwrap_or(0);
+        for row in &mut rows {
+            let missing = longest - error(&row[at]);
+            row[at].extend(std::iter::repeat_n(' ', missing));
+        }
+    }
+    rows
 }
 
 fn heading(column: &Column, short: bool) -> &'static str {
@@ -135,6 +150,21 @@ mod tests {
                 assert!(line.chars().count() <= width, "{width}: {line}");
             }
         }
+    }
+
+    #[test]
+    fn errors_begin_below_each_other() {
+        let row = |figure: &str| vec!["here".to_owned(), figure.to_owned(), String::new(), String::new()];
+        let mut out = Vec::new();
+        write_columns(&COLUMNS, &[row("12.0 MiB ±0.8"), row("1.0 MiB ±10.1"), row("0 B")], None, &mut out)
+            .unwrap();
+        let text = String::from_utf8(out).unwrap();
+        let ends = |figure: &str| {
+            let line = text.lines().find(|line| line.contains(figure)).unwrap();
+            line.chars().take_while(|c| *c != '±').collect::<String>().trim_end().chars().count()
+        };
+        assert_eq!(ends("12.0 MiB"), ends("1.0 MiB ±10"));
+        assert!(text.contains("|      0 B       |"), "{text}");
     }
 
     #[test]

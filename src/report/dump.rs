@@ -5,9 +5,9 @@
 use super::ReportError;
 use super::facts::{file_warnings, write_header};
 use super::names::{location, place};
-use super::text::{escaped, terminal_safe_json};
+use super::text::{escaped, size, terminal_safe_json};
 use crate::capture::{
-    Allocation, CaptureError, CaptureReader, FrameId, LiveSet, Record, StackId, StackTable,
+    Allocation, CaptureError, CaptureReader, FrameId, LiveSet, Record, StackId, StackTable, each,
 };
 use serde_json::{Value, json};
 use std::collections::HashSet;
@@ -70,8 +70,16 @@ pub fn dump(
         write_line(&header, out)?;
     } else {
         write_header(reader.header(), out)?;
+        if let Some(mean) = reader.header().sampling_mean_bytes {
+            let mean = size(mean);
+            writeln!(
+                out,
+                "Sampled at {mean} mean: weight is how many allocations a recorded one stands for"
+            )?;
+        }
         writeln!(out)?;
     }
+    let sampled = reader.header().sampling_mean_bytes.is_some();
     let mut number = 0;
     while let Some(record) = reader.next() {
         let record = record?;
@@ -79,9 +87,9 @@ pub fn dump(
             continue;
         }
         if json {
-            write_line(&as_json(&record, reader.stacks()), out)?;
+            write_line(&as_json(&record, sampled, reader.stacks()), out)?;
         } else {
-            writeln!(out, "{}", as_text(&record, reader.stacks()))?;
+            writeln!(out, "{}", as_text(&record, sampled, reader.stacks()))?;
         }
     }
     let warnings = file_warnings(reader.cut(), reader.damage());
@@ -123,7 +131,7 @@ fn write_line(value: &Value, out: &mut dyn Write) -> Result<(), DumpError> {
     Ok(())
 }
 
-fn as_text(record: &Record, stacks: &StackTable) -> String {
+fn as_text(record: &Record, sampled: bool, stacks: &StackTable) -> String {
     match record {
         Record::String(id) => format!("string {} {:?}", id.0, escaped(stacks.string(*id))),
         Record::Frame(id) => format!("frame {} {}", id.0, place(Some(*id), stacks)),
@@ -133,14 +141,7 @@ fn as_text(record: &Record, stacks: &StackTable) -> String {
         }
         Record::Thread(tid) => format!("thread {}", super::names::thread(*tid, stacks)),
         Record::Time(ns) => format!("time {}.{:09}", ns / 1_000_000_000, ns % 1_000_000_000),
-        Record::Allocation(event) => format!(
-            "{} tid {} address {} size {} stack {}",
-            event.allocator.name(),
-            event.tid,
-            event.address,
-            event.size,
-            event.stack.0
-        ),
+        Record::Allocation(event) => allocation_text(event, sampled),
         Record::Free(event) => {
             format!("free by {} tid {} address {}", event.deallocator.name(), event.tid, event.address)
         }
@@ -156,7 +157,7 @@ fn as_text(record: &Record, stacks: &StackTable) -> String {
     }
 }
 
-fn as_json(record: &Record, stacks: &StackTable) -> Value {
+fn as_json(record: &Record, sampled: bool, stacks: &StackTable) -> Value {
     match record {
         Record::String(id) => json!({ "record": "string", "id": id.0, "text": stacks.string(*id) }),
         Record::Frame(id) => {
@@ -182,10 +183,7 @@ fn as_json(record: &Record, stacks: &StackTable) -> Value {
             })
         }
         Record::Time(ns) => json!({ "record": "time", "ns": ns }),
-        Record::Allocation(event) => json!({
-            "record": "allocation", "allocator": event.allocator.name(), "tid": event.tid,
-            "address": event.address.0, "bytes": event.size, "stack": event.stack.0,
-        }),
+        Record::Allocation(event) => allocation_json(event, sampled),
         Record::Free(event) => json!({
             "record": "free", "deallocator": event.deallocator.name(), "tid": event.tid,
             "address": event.address.0,
@@ -204,4 +202,30 @@ fn as_json(record: &Record, stacks: &StackTable) -> Value {
             json!({ "record": "gap", "duration_ns": duration_ns, "reason": reason.text() })
         }
     }
+}
+
+fn allocation_text(event: &Allocation, sampled: bool) -> String {
+    let Allocation { allocator, tid, address, size, stack, interval } = event;
+    let mut text = format!("{} tid {tid} address {address} size {size} stack {}", allocator.name(), stack.0);
+    if sampled {
+        text.push_str(&format!(" interval {interval} weight {}", weight(event)));
+    }
+    text
+}
+
+fn allocation_json(event: &Allocation, sampled: bool) -> Value {
+    let mut object = json!({
+        "record": "allocation", "allocator": event.allocator.name(), "tid": event.tid,
+        "address": event.address.0, "bytes": event.size, "stack": event.stack.0,
+    });
+    if sampled {
+        object["interval"] = event.interval.into();
+        object["weight"] = weight(event).into();
+    }
+    object
+}
+
+/// How many allocations it stands for, to six decimals.
+fn weight(event: &Allocation) -> f64 {
+    (each(event.size, event.interval) * 1e6).round() / 1e6
 }

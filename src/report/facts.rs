@@ -2,6 +2,7 @@
 //!
 //! Every report begins with it, as text or as the `run` object of its JSON.
 
+use super::figures::{Figures, is_false};
 use super::text::{counted, duration, escaped, number, size, timestamp};
 use crate::analysis::{Findings, Totals, View};
 use crate::capture::{CutShort, Damage, EndReason, Header, LibcFacts, PythonFacts, Trailer};
@@ -23,6 +24,8 @@ pub struct Facts<'a> {
     breakpoints: &'static str,
     python_allocators: bool,
     sampling_mean_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sampling: Option<Sampling>,
     /// False if the file has no trailer.
     complete: bool,
     cut_short: Option<Cut<'a>>,
@@ -35,6 +38,16 @@ pub struct Facts<'a> {
     warnings: Vec<String>,
 }
 
+/// How samples were drawn, beside the interval asked for.
+#[derive(Serialize)]
+struct Sampling {
+    seed: Option<u64>,
+    max_cpu_percent: Option<f64>,
+    samples: u64,
+    least_interval_bytes: u64,
+    largest_interval_bytes: u64,
+}
+
 #[derive(Serialize)]
 struct Cut<'a> {
     offset: u64,
@@ -44,11 +57,19 @@ struct Cut<'a> {
 /// The part of a run that a view shows, for JSON.
 #[derive(Serialize)]
 pub(super) struct Shown {
+    #[serde(skip_serializing_if = "is_false")]
+    estimated: bool,
     view: &'static str,
     temporary_threshold: Option<u32>,
     total_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    total_bytes_error_95: Option<u64>,
     total_count: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    total_count_error_95: Option<f64>,
     peak_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peak_bytes_error_95: Option<u64>,
     peak_time_ns: u64,
 }
 
@@ -69,6 +90,7 @@ impl<'a> Facts<'a> {
             breakpoints: header.breakpoints.name(),
             python_allocators: header.python_allocators,
             sampling_mean_bytes: header.sampling_mean_bytes,
+            sampling: Sampling::of(findings),
             complete: findings.trailer.is_some(),
             cut_short: findings.cut.as_ref().map(|cut| Cut { offset: cut.offset, why: &cut.why }),
             damaged_chunks: findings.damage.chunks,
@@ -82,10 +104,24 @@ impl<'a> Facts<'a> {
     }
 }
 
+impl Sampling {
+    fn of(findings: &Findings) -> Option<Self> {
+        let Findings { header, samples, .. } = findings;
+        header.sampling_mean_bytes.map(|_| Self {
+            seed: header.sampling_seed,
+            max_cpu_percent: header.max_cpu_percent,
+            samples: samples.count,
+            least_interval_bytes: samples.least_interval,
+            largest_interval_bytes: samples.largest_interval,
+        })
+    }
+}
+
 impl Shown {
     pub(super) fn of(findings: &Findings) -> Self {
-        let total = total(findings);
+        let (figures, total) = (Figures::of(findings), total(findings));
         Self {
+            estimated: figures.estimated,
             view: match findings.view {
                 View::HighWaterMark => "high_water_mark",
                 View::Leaks => "leaks",
@@ -95,9 +131,12 @@ impl Shown {
                 View::Temporary(threshold) => Some(threshold),
                 View::HighWaterMark | View::Leaks => None,
             },
-            total_bytes: total.bytes,
-            total_count: total.count,
-            peak_bytes: findings.peak_bytes,
+            total_bytes: total.bytes(),
+            total_bytes_error_95: figures.bytes_error(&total),
+            total_count: total.count(),
+            total_count_error_95: figures.count_error(&total),
+            peak_bytes: findings.peak.bytes(),
+            peak_bytes_error_95: figures.bytes_error(&findings.peak),
             peak_time_ns: findings.peak_time_ns,
         }
     }
@@ -119,18 +158,21 @@ pub(super) fn view_text(findings: &Findings) -> String {
             format!("Live at the high-water mark, {} after the start", duration(findings.peak_time_ns))
         }
         View::Leaks => "Allocated while recording and not freed by its end".to_owned(),
-        View::Temporary(threshold) => format!(
-            "Temporary: freed before more than {} of the same thread",
-            counted(u64::from(threshold), "other allocation")
-        ),
+        View::Temporary(threshold) => {
+            let sampled = findings.header.sampling_mean_bytes.is_some();
+            let what = if sampled { "other recorded allocation" } else { "other allocation" };
+            format!(
+                "Temporary: freed before more than {} of the same thread",
+                counted(threshold.into(), what)
+            )
+        }
     }
 }
 
 /// The lines that begin a text report about a view.
 pub(super) fn write_view(findings: &Findings, out: &mut dyn Write) -> io::Result<()> {
     write_run(findings, out)?;
-    let total = total(findings);
-    let amount = format!("{} in {}", size(total.bytes), counted(total.count, "allocation"));
+    let amount = Figures::of(findings).amount(&total(findings), "allocation");
     writeln!(out, "{}: {amount}", view_text(findings))?;
     if findings.view == View::Leaks && !findings.header.python_allocators {
         writeln!(
@@ -150,10 +192,30 @@ pub(super) fn write_run(findings: &Findings, out: &mut dyn Write) -> io::Result<
         None => "not known".to_owned(),
     };
     writeln!(out, "Recorded {}; ended: {ended}", duration(run_duration(findings)))?;
+    if let Some(line) = sampling_text(findings) {
+        writeln!(out, "{line}")?;
+    }
     for warning in warnings(findings) {
         writeln!(out, "warning: {warning}")?;
     }
     Ok(())
+}
+
+/// What makes the figures of a sampled capture what they are, in one line.
+fn sampling_text(findings: &Findings) -> Option<String> {
+    let Findings { header, samples, missing, .. } = findings;
+    let mean = header.sampling_mean_bytes?;
+    let mut text = format!("Sampled at {} mean", size(mean));
+    if samples.largest_interval > mean {
+        let largest = size(samples.largest_interval);
+        text.push_str(&format!(" (raised to {largest} at most, to spare the target)"));
+    }
+    let samples = counted(samples.count, "sample");
+    text.push_str(&format!(", {samples}: figures are estimates, ± is their error at 95 %"));
+    if missing.dropped > 0 {
+        text.push_str(&format!("; {} dropped", counted(missing.dropped, "event")));
+    }
+    Some(text)
 }
 
 /// The lines that are known before the first record is read.
@@ -172,7 +234,10 @@ pub(super) fn write_header(header: &Header, out: &mut dyn Write) -> io::Result<(
             "every malloc and mmap, and every allocation of CPython's own".to_owned()
         }
         None => "every malloc and mmap".to_owned(),
-        Some(mean) => format!("a sample of one per {} (figures are of the sample)", size(mean)),
+        Some(mean) => {
+            let own = if header.python_allocators { ", CPython's own included" } else { "" };
+            format!("every mmap, and a sample of one allocation per {} on average{own}", size(mean))
+        }
     };
     writeln!(
         out,

@@ -5,6 +5,7 @@
 //! so that widths add up.
 
 use super::facts::{total, view_text};
+use super::figures::Figures;
 use super::names::{NO_STACK, place};
 use super::text::{escaped, fitted, size};
 use super::{Format, Report, ReportError};
@@ -58,7 +59,7 @@ impl Report for FlameGraph {
 }
 
 fn title(findings: &Findings) -> String {
-    format!("heaptap: pid {}, {}", findings.header.pid, size(total(findings).bytes))
+    format!("heaptap: pid {}, {}", findings.header.pid, Figures::of(findings).bytes(&total(findings)))
 }
 
 /// One line that fits the picture; what makes the figures doubtful comes first.
@@ -70,6 +71,9 @@ fn subtitle(findings: &Findings) -> String {
     let dropped = findings.missing.dropped;
     if dropped > 0 {
         text.push_str(&format!("{dropped} EVENTS WERE DROPPED; "));
+    }
+    if let Some(mean) = findings.header.sampling_mean_bytes {
+        text.push_str(&format!("estimates (± 95 %) from a sample at {} mean; ", size(mean)));
     }
     text.push_str(&format!(
         "{}; Python {}, {} breakpoints; ",
@@ -93,11 +97,11 @@ struct Visit {
 fn fold(tree: &CallTree, findings: &Findings) -> Vec<String> {
     let root = tree.totals(StackId::EMPTY);
     // Sizes come from a file and may add up to anything: they are scaled to what can be added.
-    let whole: u128 = findings.sites.iter().map(|row| u128::from(row.totals.bytes)).sum();
+    let whole: u128 = findings.sites.iter().map(|row| u128::from(row.totals.bytes())).sum();
     let scale = whole.div_ceil(MAX_SUM).max(1) as u64;
-    let smallest = (root.total.bytes / FINEST).max(scale);
+    let smallest = (root.total.bytes() / FINEST).max(scale);
     let mut folder = Folder { lines: Vec::new(), text: 0, left_over: 0, scale };
-    folder.line(NO_STACK, "", root.own.bytes);
+    folder.line(NO_STACK, "", root.own.bytes());
     let mut path = String::new();
     let top = |node: &StackId| Visit { node: *node, path_len: 0, depth: 1 };
     let mut pending: Vec<Visit> = Vec::new();
@@ -113,10 +117,10 @@ fn fold(tree: &CallTree, findings: &Findings) -> Vec<String> {
         path.push_str(&fitted(&name, MAX_NAME));
         let totals = tree.totals(node);
         if depth >= MAX_DEPTH {
-            folder.line(&path, ";(deeper frames)", totals.total.bytes);
+            folder.line(&path, ";(deeper frames)", totals.total.bytes());
             continue;
         }
-        folder.line(&path, "", totals.own.bytes);
+        folder.line(&path, "", totals.own.bytes());
         let drawn = folder.split(tree, node, &path, smallest);
         pending.extend(drawn.iter().map(|node| Visit {
             node: *node,
@@ -154,10 +158,10 @@ impl Folder {
     fn split<'t>(&mut self, tree: &'t CallTree, node: StackId, path: &str, smallest: u64) -> &'t [StackId] {
         let children = tree.children(node);
         // Biggest first, so those too small are a tail.
-        let drawn = children.partition_point(|child| tree.totals(*child).total.bytes >= smallest);
+        let drawn = children.partition_point(|child| tree.totals(*child).total.bytes() >= smallest);
         let merged = children[drawn..]
             .iter()
-            .fold(0u64, |sum, child| sum.saturating_add(tree.totals(*child).total.bytes));
+            .fold(0u64, |sum, child| sum.saturating_add(tree.totals(*child).total.bytes()));
         self.line(path, if path.is_empty() { "(smaller)" } else { ";(smaller)" }, merged);
         &children[..drawn]
     }

@@ -6,6 +6,7 @@
 mod columns;
 pub mod dump;
 mod facts;
+mod figures;
 mod flamegraph;
 mod names;
 mod stats;

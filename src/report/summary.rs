@@ -2,8 +2,9 @@
 
 use super::columns::{Column, Kind, write_columns};
 use super::facts::{Facts, Shown, total, write_view};
+use super::figures::{Figures, NestedErrors};
 use super::names::{function, location};
-use super::text::{number, percent, share, size};
+use super::text::{percent, share};
 use super::{Format, Report, ReportError, limited, write_json, write_rest};
 use crate::analysis::{CallTree, Findings, FunctionRow, functions};
 use serde::Serialize;
@@ -49,6 +50,8 @@ struct Row<'a> {
     own_bytes: u64,
     own_percent: f64,
     own_count: u64,
+    #[serde(flatten)]
+    errors: Option<NestedErrors>,
 }
 
 const COLUMNS: [Column; 6] = [
@@ -65,9 +68,9 @@ impl Report for Summary {
         let mut rows = functions(&CallTree::new(&findings.sites, &findings.stacks), &findings.stacks);
         rows.sort_by(|a, b| {
             let key = |row: &FunctionRow| match self.order {
-                SummaryOrder::Total => (row.total.bytes, row.own.bytes, row.own.count),
-                SummaryOrder::Own => (row.own.bytes, row.total.bytes, row.own.count),
-                SummaryOrder::Allocations => (row.own.count, row.own.bytes, row.total.bytes),
+                SummaryOrder::Total => (row.total.bytes(), row.own.bytes(), row.own.count()),
+                SummaryOrder::Own => (row.own.bytes(), row.total.bytes(), row.own.count()),
+                SummaryOrder::Allocations => (row.own.count(), row.own.bytes(), row.total.bytes()),
             };
             key(b).cmp(&key(a)).then(a.frame.cmp(&b.frame))
         });
@@ -89,17 +92,17 @@ impl Summary {
         out: &mut dyn Write,
     ) -> Result<(), ReportError> {
         write_view(findings, out)?;
-        let whole = total(findings).bytes;
+        let (figures, whole) = (Figures::of(findings), total(findings).bytes());
         let cells: Vec<Vec<String>> = rows
             .iter()
             .map(|row| {
                 vec![
                     function(row.frame, &findings.stacks),
-                    size(row.total.bytes),
-                    share(row.total.bytes, whole),
-                    size(row.own.bytes),
-                    share(row.own.bytes, whole),
-                    number(row.own.count),
+                    figures.bytes(&row.total),
+                    share(row.total.bytes(), whole),
+                    figures.bytes(&row.own),
+                    share(row.own.bytes(), whole),
+                    figures.count(&row.own),
                 ]
             })
             .collect();
@@ -109,18 +112,19 @@ impl Summary {
     }
 
     fn json(findings: &Findings, rows: &[FunctionRow], out: &mut dyn Write) -> Result<(), ReportError> {
-        let whole = total(findings).bytes;
+        let (figures, whole) = (Figures::of(findings), total(findings).bytes());
         let functions = rows.iter().map(|row| {
             let place = location(row.frame, &findings.stacks);
             Row {
                 function: place.function,
                 file: place.file,
-                total_bytes: row.total.bytes,
-                total_percent: percent(row.total.bytes, whole),
-                total_count: row.total.count,
-                own_bytes: row.own.bytes,
-                own_percent: percent(row.own.bytes, whole),
-                own_count: row.own.count,
+                total_bytes: row.total.bytes(),
+                total_percent: percent(row.total.bytes(), whole),
+                total_count: row.total.count(),
+                own_bytes: row.own.bytes(),
+                own_percent: percent(row.own.bytes(), whole),
+                own_count: row.own.count(),
+                errors: figures.nested_errors(&row.total, &row.own),
             }
         });
         let document = Document {

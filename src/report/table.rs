@@ -2,8 +2,9 @@
 
 use super::columns::{Column, Kind, write_columns};
 use super::facts::{Facts, Shown, total, write_view};
+use super::figures::{Errors, Figures};
 use super::names::{Location, location, place, thread, thread_name};
-use super::text::{fitted, number, percent, share, size};
+use super::text::{fitted, percent, share};
 use super::{Format, Report, ReportError, limited, write_json, write_rest};
 use crate::analysis::{Findings, Totals};
 use crate::capture::{AllocatorKind, FrameId};
@@ -40,6 +41,8 @@ struct Row<'a> {
     bytes: u64,
     percent: f64,
     count: u64,
+    #[serde(flatten)]
+    errors: Option<Errors>,
 }
 
 const COLUMNS: [Column; 6] = [
@@ -59,7 +62,7 @@ impl Report for Table {
             sums.entry((frame, row.site.tid, row.site.allocator)).or_default().add(row.totals);
         }
         let mut rows: Vec<(Key, Totals)> = sums.into_iter().collect();
-        rows.sort_by_key(|(_, totals)| std::cmp::Reverse(*totals));
+        rows.sort_by(|(_, a), (_, b)| b.compare(a));
         let shown = limited(&rows, self.max_rows);
         if format.json {
             Self::json(findings, shown, out)
@@ -78,14 +81,14 @@ impl Table {
         out: &mut dyn Write,
     ) -> Result<(), ReportError> {
         write_view(findings, out)?;
-        let whole = total(findings).bytes;
+        let (figures, whole) = (Figures::of(findings), total(findings).bytes());
         let cells: Vec<Vec<String>> = rows
             .iter()
             .map(|((frame, tid, allocator), totals)| {
                 vec![
-                    size(totals.bytes),
-                    share(totals.bytes, whole),
-                    number(totals.count),
+                    figures.bytes(totals),
+                    share(totals.bytes(), whole),
+                    figures.count(totals),
                     allocator.name().to_owned(),
                     fitted(&thread(*tid, &findings.stacks), 24).into_owned(),
                     place(*frame, &findings.stacks),
@@ -98,15 +101,16 @@ impl Table {
     }
 
     fn json(findings: &Findings, rows: &[(Key, Totals)], out: &mut dyn Write) -> Result<(), ReportError> {
-        let whole = total(findings).bytes;
+        let (figures, whole) = (Figures::of(findings), total(findings).bytes());
         let allocations = rows.iter().map(|((frame, tid, allocator), totals)| Row {
             location: location(*frame, &findings.stacks),
             tid: *tid,
             thread_name: thread_name(*tid, &findings.stacks),
             allocator: allocator.name(),
-            bytes: totals.bytes,
-            percent: percent(totals.bytes, whole),
-            count: totals.count,
+            bytes: totals.bytes(),
+            percent: percent(totals.bytes(), whole),
+            count: totals.count(),
+            errors: figures.errors(totals),
         });
         let document = Document {
             report: "table",

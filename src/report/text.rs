@@ -52,18 +52,34 @@ pub fn terminal_safe_json(json: &str) -> Cow<'_, str> {
 
 /// `1536` as `1.5 KiB`.
 pub fn size(bytes: u64) -> String {
-    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    match unit(bytes) {
+        None => format!("{bytes} B"),
+        Some((unit, name)) => format!("{:.1} {name}", bytes as f64 / unit),
+    }
+}
+
+/// `1536` and `100.0` as `1.5 KiB ±0.1`: the error is in the unit of the size. `±0` says that there is none at all.
+pub fn size_and_error(bytes: u64, error: f64) -> String {
+    match unit(bytes) {
+        _ if error == 0.0 => format!("{} ±0", size(bytes)),
+        None => format!("{bytes} B ±{error:.0}"),
+        Some((unit, _)) => format!("{} ±{:.1}", size(bytes), error / unit),
+    }
+}
+
+/// What so many bytes are counted in; `None` for single bytes.
+fn unit(bytes: u64) -> Option<(f64, &'static str)> {
+    const NAMES: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     if bytes < 1024 {
-        return format!("{bytes} B");
+        return None;
     }
-    let mut value = bytes as f64 / 1024.0;
-    let mut unit = 0;
+    let (mut unit, mut at) = (1024.0, 0);
     // 1023.95 would be printed as 1024.0 of the smaller unit.
-    while value >= 1023.95 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
+    while bytes as f64 / unit >= 1023.95 && at + 1 < NAMES.len() {
+        unit *= 1024.0;
+        at += 1;
     }
-    format!("{value:.1} {}", UNITS[unit])
+    Some((unit, NAMES[at]))
 }
 
 /// `part` of `whole` as `12.3%`.
@@ -91,7 +107,12 @@ pub fn number(value: u64) -> String {
 
 /// `1 allocation`, `2 allocations`.
 pub fn counted(count: u64, what: &str) -> String {
-    format!("{} {what}{}", number(count), if count == 1 { "" } else { "s" })
+    format!("{} {}", number(count), plural(count, what))
+}
+
+/// `allocation` for one of them, `allocations` for more.
+pub fn plural(count: u64, what: &str) -> String {
+    format!("{what}{}", if count == 1 { "" } else { "s" })
 }
 
 /// A span of time: `12.3 s`, `4 min 5 s`, `2 h 3 min`.
@@ -143,6 +164,22 @@ mod tests {
         ];
         for (bytes, expected) in cases {
             assert_eq!(size(bytes), expected);
+        }
+    }
+
+    #[test]
+    fn an_error_has_the_unit_of_its_size() {
+        let cases = [
+            (0, 0.0, "0 B ±0"),
+            (700, 12.4, "700 B ±12"),
+            (1536, 100.0, "1.5 KiB ±0.1"),
+            (12 << 20, 838_861.0, "12.0 MiB ±0.8"),
+            (512 << 10, 3e6, "512.0 KiB ±2929.7"),
+            (1 << 30, 1.0, "1.0 GiB ±0.0"),
+            (1 << 30, 0.0, "1.0 GiB ±0"),
+        ];
+        for (bytes, error, expected) in cases {
+            assert_eq!(size_and_error(bytes, error), expected);
         }
     }
 

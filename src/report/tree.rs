@@ -5,8 +5,9 @@
 //! deep as the deepest recursion.
 
 use super::facts::{Facts, Shown, total, write_view};
+use super::figures::{Figures, NestedErrors};
 use super::names::{Location, location, place};
-use super::text::{counted, fitted, percent, share, size};
+use super::text::{counted, fitted, percent, share};
 use super::{Format, Report, ReportError, write_json};
 use crate::analysis::{CallTree, Findings, SiteTotals, Totals};
 use crate::capture::StackId;
@@ -16,11 +17,13 @@ use std::io::Write;
 
 /// Of a longer run, the first and the last frames of it that are shown.
 const RUN_ENDS: usize = 2;
+/// Characters of the figures.
+const BYTES: usize = 10;
+const SHARE: usize = 6;
+const COUNT: usize = 7;
 /// Indentation beyond which callees are counted and not drawn: nobody reads that far to the right, and
 /// a tree that branches at every level would take the square of its depth.
 const MAX_INDENT: usize = 240;
-/// Columns before a location.
-const FIGURES: usize = 26;
 
 /// The report.
 #[derive(Clone, Copy, Debug, Default)]
@@ -52,6 +55,8 @@ struct Node<'a> {
     total_count: u64,
     own_bytes: u64,
     own_count: u64,
+    #[serde(flatten)]
+    errors: Option<NestedErrors>,
 }
 
 impl Report for Tree {
@@ -74,7 +79,7 @@ impl Tree {
             sums.entry(row.site.stack).or_default().add(row.totals);
         }
         let mut stacks: Vec<(StackId, Totals)> = sums.into_iter().collect();
-        stacks.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(&b.0)));
+        stacks.sort_by(|a, b| b.1.compare(&a.1).then(a.0.cmp(&b.0)));
         let kept = if self.max_stacks == 0 { stacks.len() } else { self.max_stacks.min(stacks.len()) };
         let mut others = Totals::default();
         for (_, totals) in &stacks[kept..] {
@@ -95,7 +100,9 @@ impl Tree {
         out: &mut dyn Write,
     ) -> Result<(), ReportError> {
         write_view(findings, out)?;
-        let mut lines = Lines { findings, tree, whole: total(findings).bytes, width: format.width, out };
+        let figures = Figures::of(findings);
+        let whole = total(findings).bytes();
+        let mut lines = Lines { findings, tree, figures, whole, width: format.width, out };
         let shown = tree.totals(StackId::EMPTY).total;
         let root = if stacks == 0 {
             "<all>".into()
@@ -123,14 +130,15 @@ impl Tree {
             )?;
             if below.chars().count() > MAX_INDENT && !tree.children(end).is_empty() {
                 let callees = counted(tree.children(end).len() as u64, "callee");
-                writeln!(lines.out, "{:FIGURES$}{below}⋮ {callees} and what is below", "")?;
+                lines.without_figures(&below, &format!("{callees} and what is below"))?;
                 continue;
             }
             push_children(&mut pending, tree, end, &below);
         }
         if stacks > 0 {
             let what = counted(stacks as u64, "smaller stack");
-            writeln!(lines.out, "… and {what} with {} (--max-stacks 0 shows all)", size(others.bytes))?;
+            let bytes = figures.bytes(&others);
+            writeln!(lines.out, "… and {what} with {bytes} (--max-stacks 0 shows all)")?;
         }
         Ok(())
     }
@@ -154,7 +162,7 @@ impl Tree {
         for (at, node) in run.iter().enumerate() {
             if at >= RUN_ENDS && at < RUN_ENDS + hidden {
                 if at == RUN_ENDS {
-                    writeln!(lines.out, "{:FIGURES$}{below}⋮ {}", "", counted(hidden as u64, "frame"))?;
+                    lines.without_figures(below, &counted(hidden as u64, "frame"))?;
                 }
                 continue;
             }
@@ -165,7 +173,7 @@ impl Tree {
     }
 
     fn json(findings: &Findings, tree: &CallTree, out: &mut dyn Write) -> Result<(), ReportError> {
-        let whole = total(findings).bytes;
+        let (figures, whole) = (Figures::of(findings), total(findings).bytes());
         let mut nodes: Vec<Node<'_>> = Vec::new();
         let mut pending = vec![(StackId::EMPTY, None)];
         while let Some((node, parent)) = pending.pop() {
@@ -175,11 +183,12 @@ impl Tree {
                 id,
                 parent,
                 location: location(tree.frame(node), &findings.stacks),
-                total_bytes: totals.total.bytes,
-                total_percent: percent(totals.total.bytes, whole),
-                total_count: totals.total.count,
-                own_bytes: totals.own.bytes,
-                own_count: totals.own.count,
+                total_bytes: totals.total.bytes(),
+                total_percent: percent(totals.total.bytes(), whole),
+                total_count: totals.total.count(),
+                own_bytes: totals.own.bytes(),
+                own_count: totals.own.count(),
+                errors: figures.nested_errors(&totals.total, &totals.own),
             });
             pending.extend(tree.children(node).iter().rev().map(|child| (*child, Some(id))));
         }
@@ -193,6 +202,7 @@ impl Tree {
 struct Lines<'a> {
     findings: &'a Findings,
     tree: &'a CallTree,
+    figures: Figures,
     whole: u64,
     width: Option<usize>,
     out: &'a mut dyn Write,
@@ -200,13 +210,25 @@ struct Lines<'a> {
 
 impl Lines<'_> {
     fn line(&mut self, totals: Totals, indent: &str, name: &str) -> Result<(), ReportError> {
-        let used = FIGURES + indent.chars().count();
+        let used = self.blank() + indent.chars().count();
         let width = self.width.map_or(usize::MAX, |width| width.saturating_sub(used).max(20));
-        let bytes = size(totals.bytes);
-        let share = share(totals.bytes, self.whole);
-        let count = super::text::number(totals.count);
-        writeln!(self.out, "{bytes:>10} {share:>6} {count:>7} {indent}{}", fitted(name, width))?;
+        let share = share(totals.bytes(), self.whole);
+        let bytes = self.figures.right(&self.figures.bytes(&totals), BYTES);
+        let count = self.figures.right(&self.figures.count(&totals), COUNT);
+        writeln!(self.out, "{bytes} {share:>SHARE$} {count} {indent}{}", fitted(name, width))?;
         Ok(())
+    }
+
+    /// A line that stands for others.
+    fn without_figures(&mut self, indent: &str, what: &str) -> Result<(), ReportError> {
+        let blank = self.blank();
+        writeln!(self.out, "{:blank$}{indent}⋮ {what}", "")?;
+        Ok(())
+    }
+
+    /// Characters before the indentation.
+    fn blank(&self) -> usize {
+        self.figures.width(BYTES) + self.figures.width(COUNT) + SHARE + 3
     }
 }
 

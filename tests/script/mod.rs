@@ -1,6 +1,7 @@
 //! A capture made from a fixed script of events, and the tools to run heaptap on files.
 //!
-//! The script is what `fixtures/captures/v1.heaptap` was made from: it may not change, only grow a sibling.
+//! The scripts are what the golden captures were made from, [`shop`] `v1.heaptap` and [`shop_sampled`] `v2.heaptap`: they
+//! may not change, only grow siblings.
 #![allow(dead_code)] // each test binary uses a part of this
 
 pub mod use_up;
@@ -48,6 +49,8 @@ pub fn header() -> Header {
         breakpoints: BreakpointKind::Trap,
         python_allocators: true,
         sampling_mean_bytes: None,
+        sampling_seed: None,
+        max_cpu_percent: None,
         entry_points: vec![EntryPoint {
             name: "malloc".into(),
             module: "/lib/x86_64-linux-gnu/libc.so.6".into(),
@@ -112,7 +115,20 @@ impl Script {
 
     /// An allocation.
     pub fn allocate(&mut self, allocator: AllocatorKind, tid: u32, address: u64, size: u64, stack: StackId) {
-        let event = Allocation { allocator, tid, address: RemoteAddr(address), size, stack };
+        self.sample(allocator, tid, address, size, stack, 0);
+    }
+
+    /// An allocation that was sampled with this interval.
+    pub fn sample(
+        &mut self,
+        allocator: AllocatorKind,
+        tid: u32,
+        address: u64,
+        size: u64,
+        stack: StackId,
+        interval: u64,
+    ) {
+        let event = Allocation { allocator, tid, address: RemoteAddr(address), size, stack, interval };
         self.live.allocate(&event, self.now);
         self.writer.allocation(event).unwrap();
     }
@@ -188,4 +204,66 @@ pub fn shop_events(script: &mut Script) {
     script.at_ms(2000);
     script.free(Free, WORKER, 0x5555_5900_0000);
     script.free(ObjectFree, MAIN, 0x5555_5600_0000);
+}
+
+/// Header of a sampled run.
+pub fn sampled_header() -> Header {
+    Header {
+        breakpoints: BreakpointKind::Jump,
+        python_allocators: false,
+        sampling_mean_bytes: Some(512 << 10),
+        sampling_seed: Some(42),
+        max_cpu_percent: Some(1.5),
+        ..header()
+    }
+}
+
+/// The same server, sampled: mappings are recorded for certain, of the rest one allocation in 512 KiB, and in 1 MiB from
+/// the second half on.
+pub fn shop_sampled(path: &Path) {
+    let mut script = Script::create(path, &sampled_header());
+    shop_sampled_events(&mut script);
+    let mut trailer = trailer(&script.live);
+    trailer.counters = Counters {
+        interval_at_end: 1 << 20,
+        agent_passed_through: 3,
+        threads_without_slot: 0,
+        target_extra_bytes: 2_310_144,
+        controller_peak_bytes: 9_437_184,
+        ..trailer.counters
+    };
+    script.writer.finish(trailer).unwrap();
+}
+
+/// The events of [`shop_sampled`], without the trailer.
+pub fn shop_sampled_events(script: &mut Script) {
+    use AllocatorKind::*;
+    script.writer.define_thread(MAIN, "python3", "MainThread").unwrap();
+    script.writer.define_thread(WORKER, "python3", "worker-1").unwrap();
+    let module = ("<module>", APP, 90);
+    let serve = ("Server.serve", APP, 41);
+    let put = script.stack(&[module, serve, ("Cache.put", CACHE, 17)]);
+    let parse = script.stack(&[module, serve, ("JSONDecoder.decode", JSON, 337), ("parse", JSON, 60)]);
+    let worker = script.stack(&[("Thread.run", "/usr/lib/python3.12/threading.py", 1010), ("load", APP, 12)]);
+    script.allocate(Mmap, MAIN, 0x7f30_0000_0000, 1 << 20, put);
+    for n in 0..60u64 {
+        script.at_ms(20 * n);
+        let interval = if n < 30 { 512 << 10 } else { 1 << 20 };
+        script.sample(Malloc, MAIN, 0x5555_5600_0000 + 0x1_1000 * n, 600 + 1000 * (n % 5), put, interval);
+        let parsed = 0x5555_5700_0000 + 0x1010 * (n % 4);
+        script.sample(Malloc, MAIN, parsed, 32 + n, parse, interval);
+        script.free(Free, MAIN, parsed);
+        if n % 20 == 10 {
+            // Arrays: nearly certain to be sampled.
+            script.sample(Calloc, WORKER, 0x7f20_0000_0000 + 0x100_0000 * n, 3 << 20, worker, interval);
+            script.allocate(Mmap, WORKER, 0x7f40_0000_0000 + 0x100_0000 * n, 256 << 10, worker);
+            script.writer.flush().unwrap();
+        }
+        if n % 3 == 2 {
+            script.free(Free, MAIN, 0x5555_5600_0000 + 0x1_1000 * n);
+        }
+    }
+    script.at_ms(1900);
+    script.unmap(WORKER, 0x7f40_0a00_0000, 64 << 10);
+    script.free(Free, WORKER, 0x7f20_0a00_0000);
 }

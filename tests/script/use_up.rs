@@ -2,6 +2,7 @@
 
 use heaptap::analysis::{View, analyse};
 use heaptap::capture::CaptureReader;
+use heaptap::capture::format::{FLAG_SAMPLED, MAGIC, VERSION};
 use heaptap::report::dump::dump;
 use heaptap::report::{FlameGraph, Format, Report, Stats, Summary, Table, Tree};
 use std::io::{Cursor, sink};
@@ -35,11 +36,13 @@ pub fn use_up(bytes: &[u8]) {
     }
 }
 
-/// `events` as the content of a chunk with a right checksum, after a right header.
+/// `events` as the content of a chunk with a right checksum, after a right header of a sampled capture.
 pub fn with_events(events: &[u8]) -> Vec<u8> {
-    let mut bytes = b"\x89HTAP\r\n\x1a\x01\0\0\0".to_vec();
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend(VERSION.to_le_bytes());
+    bytes.extend(FLAG_SAMPLED.to_le_bytes());
     bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
-    for (kind, content) in [(1u8, &b"{}"[..]), (2, events)] {
+    for (kind, content) in [(1u8, &br#"{"sampling_mean_bytes": 1024}"#[..]), (2, events)] {
         let len = (content.len() as u32).to_le_bytes();
         let header = [&[kind, 0][..], &len, &len].concat();
         let mut hasher = crc32fast::Hasher::new();

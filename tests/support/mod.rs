@@ -25,6 +25,11 @@ pub struct Program {
 impl Program {
     /// Starts `fixtures/stacks/NAME` on `interpreter`.
     pub fn start(interpreter: &Python, name: &str) -> Self {
+        Self::start_with(interpreter, name, &[])
+    }
+
+    /// The same with environment variables.
+    pub fn start_with(interpreter: &Python, name: &str, settings: &[(&str, &str)]) -> Self {
         let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/stacks").join(name);
         let (script, copied) = match &interpreter.root {
             None => (fixture, None),
@@ -42,6 +47,7 @@ impl Program {
             .arg(script)
             .env("PYTHONIOENCODING", "utf-8")
             .env("PYTHONUTF8", "1")
+            .envs(settings.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -1,0 +1,346 @@
+//! The first stage of the jump kind: everything that takes time, while at most one thread of the target is stopped, and that
+//! one for no longer than a system call at a time. Maps the code, the state and the ring memory by system calls in the target's name
+//! and writes them through /proc/PID/mem. Nothing leads there yet; [`super::jump`] plants the jumps.
+//!
+//! The code is mapped readable and executable from the start and written as ptrace writes: at no time is a page of the
+//! target both writable and executable.
+
+use super::agent_image::{AgentImage, Entry};
+use super::error::ProbeError;
+use super::near::{Hook, Hooked, NearRegion, Parts};
+use super::place::places;
+use super::region::{Controller, Patch, REGION_LEN};
+use crate::addr::RemoteAddr;
+use crate::agent_abi::{self as abi, PythonFacts, State, function, may};
+use crate::inferior::error::TraceError;
+use crate::inferior::remote_call::Call;
+use crate::inferior::{Inferior, facts, maps};
+use nix::errno::Errno;
+use std::mem::offset_of;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE) as u64;
+const READ_EXECUTE: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+const READ_WRITE: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+/// `<linux/memfd.h>`; kernels before 6.3 do not know it.
+const MFD_NOEXEC_SEAL: u64 = 8;
+/// `<asm/hwcap2.h>`: rdfsbase in user mode.
+const HWCAP2_FSGSBASE: u64 = 2;
+const AT_HWCAP2: u64 = 26;
+
+/// One hook that is wanted.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// What it is put on.
+    pub hooked: Hooked,
+    /// One of [`function`].
+    pub function: u8,
+    /// A place in the module that the hook must be near to.
+    pub near: RemoteAddr,
+    /// That module, for messages.
+    pub module: String,
+}
+
+/// How the agent is to record.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Every event, or samples.
+    pub exact: bool,
+    /// Mean bytes between samples.
+    pub interval: u64,
+    /// Seed of the sampling.
+    pub seed: u64,
+    /// How long one event may wait for room in a full ring (exact).
+    pub max_wait: Duration,
+    /// Rings, with the shared one.
+    pub ring_count: u32,
+    /// Bytes of each, a power of two.
+    pub ring_len: u64,
+    /// How Python stacks are walked.
+    pub python: PythonFacts,
+    /// Offset of the kernel's thread id from the thread pointer.
+    pub tid_offset: u64,
+    /// See [`State::internal_callers`].
+    pub internal_callers: Vec<[u64; 2]>,
+    /// The agent may make system calls.
+    pub may_call: bool,
+    /// Ticks of the time stamp counter in a second.
+    pub ticks_per_second: u64,
+}
+
+/// How long a controller may be silent before it is no longer waited for, and before it is taken for dead.
+const PATIENCE: Duration = Duration::from_millis(300);
+const DEAD_AFTER: Duration = Duration::from_secs(3);
+
+/// The agent in a process: mapped and written, not yet led to.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The process.
+    pub pid: i32,
+    /// Where everything is.
+    pub parts: Parts,
+    /// The regions; the first is the first of [`Parts::code`].
+    pub regions: Vec<RemoteAddr>,
+    /// What is to be planted.
+    pub hooks: Vec<Hook>,
+    /// The ring memory.
+    pub memfd: OwnedFd,
+}
+
+impl Loaded {
+    /// Ranges of the target in which a thread executes our code.
+    pub fn code(&self) -> Vec<(RemoteAddr, u64)> {
+        let others = self.regions.iter().skip(1).map(|r| (*r, REGION_LEN as u64));
+        std::iter::once(self.parts.code).chain(others).collect()
+    }
+
+    /// Patches, in the order in which they are planted.
+    pub fn patches(&self) -> impl Iterator<Item = &Patch> {
+        self.hooks.iter().map(|h| &h.patch)
+    }
+}
+
+/// Maps and writes everything. Whatever fails, what was mapped is unmapped again.
+pub fn load(
+    inferior: &mut Inferior,
+    wanted: &[Wanted],
+    settings: &Settings,
+    controller: Controller,
+) -> Result<Loaded, ProbeError> {
+    let mut loader = Loader { inferior, mapped: Vec::new() };
+    loader.run(wanted, settings, controller).inspect_err(|_| loader.undo())
+}
+
+/// Unmaps what [`load`] mapped. No thread can be in it any more.
+pub fn unload(inferior: &mut Inferior, parts: &Parts, regions: &[RemoteAddr]) -> Result<(), ProbeError> {
+    let others = regions.iter().skip(1).map(|r| (*r, REGION_LEN as u64));
+    let all = [parts.rings, parts.state].into_iter().chain(others).chain([parts.code]);
+    let mapped = all.filter(|(_, len)| *len > 0).collect();
+    let mut loader = Loader { inferior, mapped };
+    loader.unmap()
+}
+
+struct Loader<'a> {
+    inferior: &'a mut Inferior,
+    mapped: Vec<(RemoteAddr, u64)>,
+}
+
+impl Loader<'_> {
+    fn run(
+        &mut self,
+        wanted: &[Wanted],
+        settings: &Settings,
+        controller: Controller,
+    ) -> Result<Loaded, ProbeError> {
+        self.inferior.prepare_calls()?;
+        let image = AgentImage::new()?;
+        let modules = modules(wanted);
+        let bases = self.map_code(&modules, image.bytes.len() as u64)?;
+        let code = (bases[0], REGION_LEN as u64 + image.bytes.len() as u64);
+        let agent = bases[0].offset(REGION_LEN as u64);
+        let state = (self.map_state()?, size_of::<State>() as u64);
+        let mut regions: Vec<_> = bases.iter().map(|base| NearRegion::new(*base, controller)).collect();
+        for hook in wanted {
+            let index = modules.iter().position(|(module, _)| *module == hook.module).unwrap_or(0);
+            let entry = image.entry(agent, entry_of(hook.function, settings.exact))?;
+            regions[index].add(hook.hooked.clone(), hook.function, entry, state.0)?;
+        }
+        // The ring memory's name is read from the header.
+        self.inferior.write(bases[0], &regions[0].bytes)?;
+        let len = abi::ring_memory_len(settings.ring_count as usize, settings.ring_len as usize) as u64;
+        let (rings, memfd) = self.map_rings(bases[0].offset(super::near::NAME_AT as u64), len)?;
+        let parts = Parts { state, rings: (rings, len), code };
+        let patches: Vec<Patch> = regions.iter().flat_map(|r| r.hooks.iter().map(|h| h.patch)).collect();
+        regions[0].finish_first(&patches, &parts, &bases[1..])?;
+        self.inferior.write(agent, &image.bytes)?;
+        self.inferior.write(state.0, &state_bytes(settings, rings, self.inferior.pid()))?;
+        for region in &regions {
+            self.inferior.write(region.base, &region.image()?)?;
+        }
+        let hooks = regions.into_iter().flat_map(|r| r.hooks).collect();
+        Ok(Loaded { pid: self.inferior.pid(), parts, regions: bases, hooks, memfd })
+    }
+
+    /// One system call in the target's name; its thread runs on before and after.
+    fn call(&mut self, name: &'static str, number: i64, args: &[u64]) -> Result<u64, TraceError> {
+        let mut all = [0; 6];
+        all[..args.len()].copy_from_slice(args);
+        self.inferior.stop_to_leave()?;
+        let tid = super::install::calling_thread(self.inferior)
+            .map_err(|_| TraceError::Gone { tid: self.inferior.pid() })?;
+        let result = self.inferior.remote_syscall(tid, Call { name, number, args: all });
+        self.inferior.resume()?;
+        result
+    }
+
+    /// A region near each module; the agent lies behind the first.
+    fn map_code(
+        &mut self,
+        modules: &[(String, RemoteAddr)],
+        agent_len: u64,
+    ) -> Result<Vec<RemoteAddr>, ProbeError> {
+        let mut bases = Vec::new();
+        for (i, (module, near)) in modules.iter().enumerate() {
+            let len = REGION_LEN as u64 + if i == 0 { agent_len } else { 0 };
+            bases.push(self.map_near(*near, module, len)?);
+        }
+        Ok(bases)
+    }
+
+    fn map_near(&mut self, near: RemoteAddr, module: &str, len: u64) -> Result<RemoteAddr, ProbeError> {
+        let maps = maps::mappings(self.inferior.pid()).map_err(proc_error)?;
+        let flags = PRIVATE | libc::MAP_FIXED_NOREPLACE as u64;
+        for place in places(&maps, near, len) {
+            match self.call("mmap", libc::SYS_mmap, &[place.0, len, READ_EXECUTE, flags, u64::MAX, 0]) {
+                // A kernel before 4.17 does not know MAP_FIXED_NOREPLACE and takes the address as a hint.
+                Ok(at) => {
+                    self.mapped.push((RemoteAddr(at), len));
+                    if at == place.0 {
+                        return Ok(place);
+                    }
+                }
+                // The other threads run: one took the gap.
+                Err(TraceError::RemoteCall { errno: Errno::EEXIST | Errno::EPERM, .. }) => {}
+                Err(TraceError::RemoteCall { errno: errno @ Errno::EACCES, .. }) => {
+                    return Err(ProbeError::NoNewCode { pid: self.inferior.pid(), errno });
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(ProbeError::NoRoom { addr: near, module: module.into() })
+    }
+
+    /// Zero in a forked child: it passes everything through. No huge pages: a touch would take 2 MiB.
+    fn map_state(&mut self) -> Result<RemoteAddr, ProbeError> {
+        let len = size_of::<State>() as u64;
+        let at = self.call("mmap", libc::SYS_mmap, &[0, len, READ_WRITE, PRIVATE, u64::MAX, 0])?;
+        self.mapped.push((RemoteAddr(at), len));
+        self.call("madvise", libc::SYS_madvise, &[at, len, libc::MADV_WIPEONFORK as u64])?;
+        self.no_huge_pages(at, len)?;
+        Ok(RemoteAddr(at))
+    }
+
+    fn no_huge_pages(&mut self, at: u64, len: u64) -> Result<(), TraceError> {
+        match self.call("madvise", libc::SYS_madvise, &[at, len, libc::MADV_NOHUGEPAGE as u64]) {
+            // A kernel without transparent huge pages.
+            Ok(_) | Err(TraceError::RemoteCall { errno: Errno::EINVAL, .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A memfd made in the target, opened here, mapped there, closed there; not inherited by children.
+    fn map_rings(&mut self, name: RemoteAddr, len: u64) -> Result<(RemoteAddr, OwnedFd), ProbeError> {
+        let flags = u64::from(libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
+        let made = self.call("memfd_create", libc::SYS_memfd_create, &[name.0, flags | MFD_NOEXEC_SEAL]);
+        let fd = match made {
+            Err(TraceError::RemoteCall { errno: Errno::EINVAL, .. }) => {
+                self.call("memfd_create", libc::SYS_memfd_create, &[name.0, flags])?
+            }
+            other => other?,
+        };
+        let shared = self.share(fd, len);
+        self.call("close", libc::SYS_close, &[fd])?;
+        let (at, memfd) = shared?;
+        self.call("madvise", libc::SYS_madvise, &[at.0, len, libc::MADV_DONTFORK as u64])?;
+        Ok((at, memfd))
+    }
+
+    fn share(&mut self, fd: u64, len: u64) -> Result<(RemoteAddr, OwnedFd), ProbeError> {
+        let path = format!("/proc/{}/fd/{fd}", maps::memory_holder(self.inferior.pid()));
+        let io = |source| TraceError::Proc { path: path.clone(), source };
+        let file = std::fs::File::options().read(true).write(true).open(&path).map_err(io)?;
+        file.set_len(len).map_err(io)?;
+        let shared = libc::MAP_SHARED as u64;
+        let at = self.call("mmap", libc::SYS_mmap, &[0, len, READ_WRITE, shared, fd, 0])?;
+        self.mapped.push((RemoteAddr(at), len));
+        Ok((RemoteAddr(at), file.into()))
+    }
+
+    fn unmap(&mut self) -> Result<(), ProbeError> {
+        let mut first = Ok(());
+        for (at, len) in std::mem::take(&mut self.mapped) {
+            match self.call("munmap", libc::SYS_munmap, &[at.0, len]) {
+                Ok(_) => {}
+                Err(TraceError::Gone { .. }) if self.inferior.has_ended() => return Ok(()),
+                Err(error) => first = first.and(Err(error.into())),
+            }
+        }
+        first
+    }
+
+    fn undo(&mut self) {
+        if let Err(error) = self.unmap() {
+            tracing::error!("undoing a refused attach: {error}");
+        }
+    }
+}
+
+fn proc_error(source: maps::FactError) -> TraceError {
+    TraceError::Proc { path: "/proc/PID/maps".into(), source: std::io::Error::other(source) }
+}
+
+/// The modules that hooks must be near to, each with a place in it; the first has most hooks.
+fn modules(wanted: &[Wanted]) -> Vec<(String, RemoteAddr)> {
+    let mut modules: Vec<(String, RemoteAddr)> = Vec::new();
+    for hook in wanted {
+        if matches!(hook.hooked, Hooked::Body(_)) && modules.iter().all(|(name, _)| *name != hook.module) {
+            modules.push((hook.module.clone(), hook.near));
+        }
+    }
+    modules
+}
+
+/// The agent's entry for a function.
+fn entry_of(which: u8, exact: bool) -> Entry {
+    let python = |n: u8| which.checked_sub(function::PYTHON).filter(|i| *i < 12 && i & 3 == n);
+    match which {
+        function::CODE_DEALLOC => Entry::CodeDealloc,
+        function::MALLOC if exact => Entry::MallocExact,
+        function::FREE if exact => Entry::FreeExact,
+        _ if exact => Entry::Any,
+        function::MALLOC => Entry::MallocSampled,
+        function::FREE => Entry::FreeSampled,
+        // The raw domain leads to libc's malloc, which is hooked too.
+        _ if python(0).is_some_and(|i| i >= 4) => Entry::TableMallocSampled,
+        _ if python(3).is_some() => Entry::TableFreeSampled,
+        _ => Entry::Any,
+    }
+}
+
+/// The state up to the slots; the rest is zero.
+fn state_bytes(settings: &Settings, rings: RemoteAddr, pid: i32) -> Vec<u8> {
+    let mut bytes = vec![0; offset_of!(State, slots)];
+    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    let ticks = |time: Duration| {
+        let ticks = settings.ticks_per_second as u128 * time.as_nanos() / 1_000_000_000;
+        (ticks as u64).to_le_bytes()
+    };
+    let mut flags = 0;
+    if settings.may_call {
+        flags |= may::MAKE_CALLS;
+    }
+    if facts::auxiliary(pid, AT_HWCAP2).is_some_and(|v| v & HWCAP2_FSGSBASE != 0) {
+        flags |= may::READ_FS_BASE;
+    }
+    put(offset_of!(State, exact), &u32::from(settings.exact).to_le_bytes());
+    put(offset_of!(State, magic), &abi::STATE_MAGIC.to_le_bytes());
+    put(offset_of!(State, abi_version), &abi::ABI_VERSION.to_le_bytes());
+    put(offset_of!(State, flags), &flags.to_le_bytes());
+    put(offset_of!(State, rings), &rings.0.to_le_bytes());
+    put(offset_of!(State, ring_count), &settings.ring_count.to_le_bytes());
+    put(offset_of!(State, ring_len), &settings.ring_len.to_le_bytes());
+    put(offset_of!(State, interval), &settings.interval.to_le_bytes());
+    put(offset_of!(State, seed), &settings.seed.to_le_bytes());
+    put(offset_of!(State, patience), &ticks(PATIENCE));
+    put(offset_of!(State, dead_after), &ticks(DEAD_AFTER));
+    put(offset_of!(State, max_wait), &ticks(settings.max_wait));
+    put(offset_of!(State, tid_offset), &settings.tid_offset.to_le_bytes());
+    put(offset_of!(State, python), &settings.python.to_bytes());
+    for (i, [first, last]) in settings.internal_callers.iter().take(abi::INTERNAL_CALLERS).enumerate() {
+        let at = offset_of!(State, internal_callers) + 16 * i;
+        put(at, &first.to_le_bytes());
+        put(at + 8, &last.to_le_bytes());
+    }
+    bytes
+}

@@ -1,0 +1,269 @@
+//! The source of the jump kind: the in-target agent writes events into rings, nobody traces the target.
+//!
+//! That the target ended or executed another program is told by its memory, which is gone then; what was published before is still
+//! in the rings, which are ours, too.
+
+use super::RecordError;
+use super::clock::Clock;
+use super::ledger::Ledger;
+use super::merge::Merger;
+use super::plant::Planted;
+use super::source::{Finished, RecordSource, SourceEvent, enter};
+use super::told::Told;
+use super::translate::{Translated, Translator};
+use crate::agent_abi::{STATE_MAGIC, State};
+use crate::capture::{CaptureWriter, DropReason, StackId};
+use crate::cpython::Python;
+use crate::inferior::error::{AttachError, TraceError};
+use crate::inferior::memory::ProcessMemory;
+use crate::inferior::{Inferior, facts, maps};
+use crate::memory::RemoteMemory;
+use crate::probe::jump;
+use crate::probe::lift::LeftBehind;
+use crate::probe::load::Loaded;
+use crate::probe::ring::{Heart, Missing, ticks};
+use crate::probe::ring_record::{Event, What};
+use std::mem::offset_of;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+/// Looks without an event before the recorder sleeps, and how it sleeps then: each time twice as long.
+const LOOKS_BEFORE_SLEEP: u32 = 50;
+const SHORTEST_SLEEP: Duration = Duration::from_micros(100);
+const LONGEST_SLEEP: Duration = Duration::from_millis(4);
+/// How often the target is asked whether it still is what it was.
+const ASK_EVERY: Duration = Duration::from_millis(20);
+
+/// Events by the agent.
+pub struct AgentSource {
+    loaded: Loaded,
+    /// Keeps the agent from taking us for dead.
+    _heart: Heart,
+    merger: Merger<Told>,
+    translator: Translator,
+    clock: Clock,
+    python: Python,
+    memory: ProcessMemory,
+    /// The memory of the program that was attached to: not that of one it executes later.
+    mem_file: std::fs::File,
+    /// Its system calls are filtered.
+    seccomp: bool,
+    /// The event that [`RecordSource::next`] gave last, if it was a call.
+    current: Option<(Event, Translated)>,
+    idle: u32,
+    asked: Instant,
+    /// The target is gone, in this way; what is in the rings still has to be told.
+    gone: Option<SourceEvent>,
+    unknown_stacks: u64,
+}
+
+/// What has become of the target.
+enum Condition {
+    /// It runs, and the agent records.
+    Recording,
+    /// It runs, but the agent has switched itself off: we were silent for too long.
+    SwitchedOff,
+    /// The program that was attached to is no more.
+    Gone(SourceEvent),
+}
+
+impl AgentSource {
+    /// Takes over a process in which the agent is planted.
+    pub fn new(planted: Planted, python: Python, seccomp: bool) -> Result<Self, RecordError> {
+        let Planted { loaded, rings, heart, settings, .. } = planted;
+        let pid = loaded.pid;
+        let told = Told::new(python.layout.meaning.line_table);
+        let path = format!("/proc/{}/mem", maps::memory_holder(pid));
+        let mem_file = std::fs::File::open(&path).map_err(|source| TraceError::Proc { path, source })?;
+        Ok(Self {
+            merger: Merger::new(rings, told, settings.exact),
+            clock: Clock::start(settings.ticks_per_second),
+            loaded,
+            _heart: heart,
+            translator: Translator::default(),
+            python,
+            memory: ProcessMemory::new(pid),
+            mem_file,
+            seccomp,
+            current: None,
+            idle: 0,
+            asked: Instant::now(),
+            gone: None,
+            unknown_stacks: 0,
+        })
+    }
+
+    /// Looks for what was published; sleeps where there has been nothing for a while.
+    fn look(&mut self) -> Result<SourceEvent, RecordError> {
+        if let Some(event) = self.gone {
+            return Ok(event);
+        }
+        let now = ticks();
+        self.merger.rings().beat(now);
+        let found = self.merger.look(now);
+        if found.fresh > 0 {
+            self.idle = 0;
+        } else {
+            self.idle += 1;
+        }
+        if self.asked.elapsed() >= ASK_EVERY {
+            self.asked = Instant::now();
+            match self.condition() {
+                Condition::Recording => {}
+                Condition::SwitchedOff => return Err(RecordError::SwitchedOff { pid: self.loaded.pid }),
+                Condition::Gone(event) => {
+                    self.gone = Some(event);
+                    self.merger.look_last(ticks());
+                }
+            }
+        } else if self.idle > LOOKS_BEFORE_SLEEP {
+            let doublings = (self.idle - LOOKS_BEFORE_SLEEP).min(8);
+            std::thread::sleep((SHORTEST_SLEEP * (1 << doublings)).min(LONGEST_SLEEP));
+        }
+        Ok(SourceEvent::Idle)
+    }
+
+    fn condition(&self) -> Condition {
+        let word = |at: usize| {
+            let mut bytes = [0; 8];
+            let read = self.mem_file.read_exact_at(&mut bytes, self.loaded.parts.state.0.0 + at as u64);
+            read.ok().map(|()| u64::from_le_bytes(bytes))
+        };
+        if word(offset_of!(State, magic)) == Some(STATE_MAGIC) {
+            return match word(offset_of!(State, enabled)) {
+                Some(enabled) if enabled as u32 == 0 => Condition::SwitchedOff,
+                _ => Condition::Recording,
+            };
+        }
+        let pid = self.loaded.pid;
+        let lives = facts::threads(pid).is_ok_and(|threads| {
+            threads.iter().any(|tid| !matches!(facts::state(pid, *tid), None | Some('Z' | 'X')))
+        });
+        Condition::Gone(if lives { SourceEvent::Executed } else { SourceEvent::Ended(None) })
+    }
+
+    /// Everything that is left in the rings.
+    fn drain(&mut self, ledger: &mut Ledger) -> Result<(), RecordError> {
+        self.merger.look_last(ticks());
+        while let Some(event) = self.ready() {
+            match event {
+                SourceEvent::Call { tid, observation, interval } => {
+                    enter(self, ledger, (tid, observation, interval))?;
+                }
+                SourceEvent::Missing(count, reason) => ledger.writer().dropped(count, reason)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The next event that needs no look.
+    fn ready(&mut self) -> Option<SourceEvent> {
+        let Missing { full, unreadable } = self.merger.take_missing();
+        if full > 0 {
+            return Some(SourceEvent::Missing(full, DropReason::BufferFull));
+        }
+        if unreadable > 0 {
+            return Some(SourceEvent::Missing(unreadable, DropReason::Unreadable));
+        }
+        while let Some(event) = self.merger.peek().copied() {
+            if let Some(translated) = self.translator.translate(&event) {
+                self.current = Some((event, translated));
+                let Translated { observation, interval, .. } = translated;
+                return Some(SourceEvent::Call { tid: event.tid as i32, observation, interval });
+            }
+            self.merger.accept();
+            if let What::Thread(tid) = event.what {
+                return Some(SourceEvent::ThreadSeen(tid as i32));
+            }
+        }
+        None
+    }
+}
+
+impl RecordSource for AgentSource {
+    const COUNTS_CALLS: bool = false;
+
+    /// The target runs already.
+    fn start(&mut self) -> Result<(), RecordError> {
+        Ok(())
+    }
+
+    fn next(&mut self) -> Result<SourceEvent, RecordError> {
+        match self.ready() {
+            Some(event) => Ok(event),
+            None => self.look(),
+        }
+    }
+
+    fn stack(&mut self, writer: &mut CaptureWriter) -> Result<Option<StackId>, RecordError> {
+        let Some((_, Translated { stack, .. })) = self.current else { return Ok(Some(StackId::EMPTY)) };
+        if stack == 0 {
+            return Ok(Some(StackId::EMPTY));
+        }
+        if let Some(id) = self.merger.told().stack_id(stack, true, writer)? {
+            return Ok(Some(id));
+        }
+        // Told by another thread, in a ring that is behind.
+        self.merger.define_ahead();
+        if let Some(id) = self.merger.told().stack_id(stack, true, writer)? {
+            return Ok(Some(id));
+        }
+        if self.merger.park() {
+            return Ok(None);
+        }
+        if let Some(id) = self.merger.told().stack_id(stack, false, writer)? {
+            return Ok(Some(id));
+        }
+        self.unknown_stacks += 1;
+        self.merger.told().unknown_stack(writer).map(Some)
+    }
+
+    fn time_ns(&mut self) -> u64 {
+        match &self.current {
+            Some((event, _)) => self.clock.ns(event.stamp),
+            None => 0,
+        }
+    }
+
+    #[inline]
+    fn proceed(&mut self) -> Result<(), RecordError> {
+        if let Some((event, _)) = self.current.take() {
+            self.translator.recorded(&event);
+            self.merger.accept();
+        }
+        Ok(())
+    }
+
+    fn every_second(&mut self) -> Result<(), RecordError> {
+        self.clock.refine();
+        Ok(())
+    }
+
+    fn python(&self) -> &Python {
+        &self.python
+    }
+
+    fn memory(&self) -> &dyn RemoteMemory {
+        &self.memory
+    }
+
+    fn unreadable_stacks(&self) -> u64 {
+        self.unknown_stacks
+    }
+
+    fn finish(mut self, ledger: &mut Ledger) -> Result<Finished, RecordError> {
+        let lifted = match Inferior::seize(self.loaded.pid) {
+            Ok(inferior) => jump::lift(inferior, &self.loaded, self.seccomp).map_err(RecordError::from),
+            Err(AttachError::NoProcess { .. } | AttachError::Zombie { .. }) => Ok(LeftBehind::default()),
+            Err(error) => Err(error.into()),
+        };
+        // The target was let go; what it told until then is recorded whatever became of that.
+        let failed = self.drain(ledger).err();
+        Ok(Finished { left: lifted?, failed })
+    }
+
+    fn abandon(self) -> Result<(), RecordError> {
+        Ok(())
+    }
+}
