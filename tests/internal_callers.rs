@@ -13,7 +13,7 @@ use heaptap::memory::RemoteMemory;
 use heaptap::probe::function::Function;
 use heaptap::probe::internal_callers::{InternalCallers, of_process};
 use heaptap::python_binary::binaries;
-use heaptap::recorder::examine::{Examined, examine};
+use heaptap::recorder::examine::{Examined, Kind, examine};
 use iced_x86::{Decoder, DecoderOptions, FlowControl};
 use std::collections::{BTreeSet, HashSet};
 use std::io::{BufRead, BufReader, Write};
@@ -54,10 +54,16 @@ impl Mapper {
 
     /// Its own calls as the jump kind would have them.
     fn examined(&self, tables: bool) -> (Examined, InternalCallers) {
-        let examined = examine(self.pid(), tables).unwrap();
+        let examined = examine(self.pid(), Kind::Jump, tables).unwrap();
         let memory = ProcessMemory::new(self.pid());
-        let arenas = examined.python.arena_allocator(&memory, &binaries(&examined.modules)).unwrap();
-        let found = of_process(&memory, &examined.modules, &examined.python, Some(arenas), &examined.plan);
+        let mut of_python: Vec<_> = examined.plan.words.iter().map(|word| word.value).collect();
+        if tables {
+            let arenas = examined.python.arena_allocator(&memory, &binaries(&examined.modules)).unwrap();
+            of_python.extend([arenas.alloc, arenas.free]);
+        } else {
+            of_python.clear();
+        }
+        let found = of_process(&memory, &examined.modules, &examined.plan, &of_python);
         (examined, found.unwrap())
     }
 }

@@ -27,7 +27,6 @@ use super::head::{Read, never_goes_on, read_up_to, target};
 use super::plan::Plan;
 use crate::addr::RemoteAddr;
 use crate::agent_abi::INTERNAL_CALLERS;
-use crate::cpython::{ArenaAllocator, Python};
 use crate::image::{Module, libc_of};
 use crate::memory::RemoteMemory;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
@@ -54,7 +53,7 @@ pub enum CallersError {
 
 /// The code of the module that holds the allocator.
 pub struct Code<'a> {
-    /// Reads memory as it is now: linkage tables are filled in by the loader.
+    /// Reads code as its file has it, and the rest of memory as it is now: linkage tables are filled in by the loader.
     pub read: Read<'a>,
     /// Executable ranges of the module: first byte, length. What lies outside is not followed.
     pub text: &'a [(RemoteAddr, u64)],
@@ -71,35 +70,35 @@ pub struct InternalCallers {
     pub exposed: Vec<Function>,
 }
 
-/// The allocators' own calls in a process: those of the modules whose functions `plan` observes, and where it has CPython's
-/// tables those of CPython's allocators, with `arenas`.
+/// The allocators' own calls in a process: those of the modules whose functions `plan` observes, and those that `of_python` lead to,
+/// functions of CPython's allocators.
 ///
-/// A library that defines malloc and is neither libc nor the program or CPython (jemalloc, tcmalloc) is an allocator and no more:
-/// every call that it makes is its own.
+/// A library that defines malloc and is neither libc nor the program (jemalloc, tcmalloc) is an allocator and no more: every call
+/// that it makes is its own.
 pub fn of_process(
     memory: &dyn RemoteMemory,
     modules: &[Module],
-    python: &Python,
-    arenas: Option<ArenaAllocator>,
     plan: &Plan,
+    of_python: &[RemoteAddr],
 ) -> Result<InternalCallers, ProbeError> {
     let (mappings, functions): (Vec<_>, Vec<_>) =
         plan.entries.iter().map(|e| (e.address, e.function)).partition(|(_, f)| f.is_mapping());
     let libc = libc_of(modules).map(|libc| libc.module);
     let mut all = InternalCallers::default();
     for (index, module) in modules.iter().enumerate() {
-        let is_python = module.path().display().to_string() == python.binary;
-        let mut entries: Vec<_> =
-            functions.iter().map(|(at, _)| *at).filter(|at| module.contains(*at)).collect();
-        let is_dedicated = !entries.is_empty() && !is_python && Some(index) != libc && index != 0;
-        if is_python && !plan.words.is_empty() {
-            entries.extend(plan.words.iter().map(|word| word.value));
-            entries.extend(arenas.iter().flat_map(|arenas| [arenas.alloc, arenas.free]));
-        }
+        let inside = |at: &RemoteAddr| module.contains(*at);
+        let observed: Vec<_> = functions.iter().map(|(at, _)| *at).filter(inside).collect();
+        let python: Vec<_> = of_python.iter().copied().filter(inside).collect();
+        let is_dedicated = !observed.is_empty() && python.is_empty() && Some(index) != libc && index != 0;
+        let entries = [observed, python].concat();
         if entries.is_empty() {
             continue;
         }
-        let found = of_module(memory, module, &entries, &mappings, is_dedicated);
+        let found = if is_dedicated {
+            Ok(whole_module(&text_of(module)))
+        } else {
+            of_module(memory, module, &entries, &mappings)
+        };
         let joined = found.and_then(|found| std::mem::take(&mut all).join(found));
         all = joined
             .map_err(|source| ProbeError::Callers { module: module.path().display().to_string(), source })?;
@@ -112,15 +111,18 @@ fn of_module(
     module: &Module,
     entries: &[RemoteAddr],
     mappings: &[(RemoteAddr, Function)],
-    is_dedicated: bool,
 ) -> Result<InternalCallers, CallersError> {
-    let executable = module.segments().filter(|(_, _, s)| s.executable);
-    let text: Vec<_> = executable.map(|(start, len, _)| (start, len)).collect();
-    if is_dedicated {
-        return Ok(whole_module(&text));
-    }
-    let read = |at: RemoteAddr, len: usize| memory.read_vec(at, len).ok();
+    let text = text_of(module);
+    // Code as the file has it: in memory somebody's breakpoints may be in it, or what a killed heaptap left.
+    let read = |at: RemoteAddr, len: usize| {
+        let is_code = text.iter().any(|(start, code)| at.since(*start) < *code);
+        if is_code { module.file_bytes(at, len) } else { memory.read_vec(at, len).ok() }
+    };
     internal_callers(&Code { read: &read, text: &text, starts: &module.function_starts() }, entries, mappings)
+}
+
+fn text_of(module: &Module) -> Vec<(RemoteAddr, u64)> {
+    module.segments().filter(|(_, _, s)| s.executable).map(|(start, len, _)| (start, len)).collect()
 }
 
 impl InternalCallers {

@@ -8,16 +8,18 @@
 use super::RecordError;
 use super::examine::Examined;
 use super::record::RecordOptions;
+use crate::addr::RemoteAddr;
 use crate::cpython::Python;
 use crate::inferior::memory::ProcessMemory;
 use crate::inferior::{Inferior, maps};
 use crate::probe::agent_facts::python_facts;
 use crate::probe::error::ProbeError;
 use crate::probe::hooks::wanted;
+use crate::probe::internal_callers::of_process;
 use crate::probe::jump;
 use crate::probe::load::{self, Loaded, Settings};
 use crate::probe::ring::{Heart, Rings, ticks};
-use crate::probe::{install, internal_callers, stale};
+use crate::probe::{install, stale};
 use crate::python_binary::binaries;
 use std::time::{Duration, Instant};
 
@@ -193,24 +195,27 @@ fn settings(jump: &JumpOptions, examined: &Examined) -> Result<Settings, RecordE
         ring_len: if jump.exact { EXACT_RING } else { SAMPLED_RING },
         python: python_facts(&examined.python),
         tid_offset: examined.python.pthread.tid,
-        internal_callers: callers(jump, examined)?,
+        internal_callers: internal_callers(examined, jump.exact)?,
         may_call: !examined.seccomp,
         ticks_per_second: ticks_per_second(),
     })
 }
 
-/// An allocator's own calls to the mmap family. With every event recorded, depth words tell of all calls but those inside libc's
-/// free, which is passed on by a jump.
-fn callers(jump: &JumpOptions, examined: &Examined) -> Result<Vec<[u64; 2]>, RecordError> {
+/// Calls to the mmap family that are an allocator's own. CPython's allocators are seen on the stack when every event is recorded, and
+/// what else takes memory of the same functions (frame stacks) is then told from them.
+fn internal_callers(examined: &Examined, exact: bool) -> Result<Vec<[u64; 2]>, RecordError> {
     let memory = ProcessMemory::new(examined.pid);
-    let (mut plan, mut arenas) = (examined.plan.clone(), None);
-    if jump.exact {
-        plan.words.clear();
-    } else if !plan.words.is_empty() {
-        arenas = examined.python.arena_allocator(&memory, &binaries(&examined.modules)).ok();
+    let Examined { modules, python, plan, .. } = examined;
+    let mut of_python: Vec<RemoteAddr> = Vec::new();
+    if !exact && !plan.words.is_empty() {
+        of_python.extend(plan.words.iter().map(|word| word.value));
+        match python.arena_allocator(&memory, &binaries(modules)) {
+            Ok(arenas) => of_python.extend([arenas.alloc, arenas.free]),
+            // The application's own: what they map is as much the application's as anything.
+            Err(error) => tracing::debug!("{error}"),
+        }
     }
-    let found = internal_callers::of_process(&memory, &examined.modules, &examined.python, arenas, &plan)?;
-    Ok(found.ranges)
+    Ok(of_process(&memory, modules, plan, &of_python)?.ranges)
 }
 
 /// The time stamp counter's frequency, measured over a few milliseconds: good enough for patience.
