@@ -3,7 +3,7 @@
 mod common;
 
 use common::snapshot::assert_left_no_trace;
-use common::{Snapshot, Target, for_each_python, heaptap};
+use common::{Kind, Snapshot, Target, for_each_python, heaptap};
 
 #[test]
 fn the_doctor_tells_of_every_interpreter_and_touches_none() {
@@ -22,7 +22,7 @@ fn the_doctor_tells_of_every_interpreter_and_touches_none() {
             for word in [format!("CPython {}", python.version), python.libc.clone(), "self-test".into()] {
                 assert!(told.contains(&word), "{python}: {word:?} is not in:\n{told}");
             }
-            if python.records_promised() {
+            if python.records_promised(Kind::Jump) {
                 assert_eq!(output.status.code(), Some(0), "{python}: {told}");
                 assert!(verdict.starts_with("can attach: heaptap attach --pid"), "{python}: {verdict}");
                 assert!(told.contains("malloc 0x"), "{python}: no planned breakpoint in:\n{told}");
@@ -36,7 +36,8 @@ fn the_doctor_tells_of_every_interpreter_and_touches_none() {
 
 #[test]
 fn the_demo_finds_its_leak() {
-    let Some(python) = common::pythons().iter().find(|p| p.records_promised() && p.root.is_none()) else {
+    let Some(python) = common::pythons().iter().find(|p| p.records_promised(Kind::Jump) && p.root.is_none())
+    else {
         return common::missing("an interpreter of this machine to run the demo with");
     };
     let folder = tempfile::tempdir().unwrap();

@@ -197,6 +197,7 @@ fn settings(jump: &JumpOptions, examined: &Examined) -> Result<Settings, RecordE
         tid_offset: examined.python.pthread.tid,
         internal_callers: internal_callers(examined, jump.exact)?,
         may_call: !examined.seccomp,
+        pass_on_tables: examined.pass_on_tables,
         ticks_per_second: ticks_per_second(),
     })
 }
