@@ -106,28 +106,17 @@ pub fn record(options: &RecordOptions, observer: &mut dyn Observer) -> Result<Su
     examined.check_recordable(kind, options.unsafe_trap)?;
     sys::install_stop_signals(TICK).map_err(TraceError::Wait)?;
     let mut output = Output::prepare(options, header(&examined, options.jump.as_ref()))?;
-    let attached = match &options.jump {
-        Some(jump) => attach_jumps(options, jump, &examined, &mut output).map(Attached::Jumps),
-        None => attach(options, &examined, &mut output).map(Attached::Traps),
+    // The session is made where the attach succeeded: neither kind's source is small.
+    let ended = match &options.jump {
+        Some(jump) => attach_jumps(options, jump, &examined, &mut output)
+            .map(|(source, writer)| Session::new(source, writer, options, &examined).run(observer)),
+        None => attach(options, &examined, &mut output)
+            .map(|(source, writer)| Session::new(source, writer, options, &examined).run(observer)),
     };
-    match attached {
-        Ok(Attached::Traps((source, writer))) => {
-            Session::new(source, writer, options, &examined).run(observer)
-        }
-        Ok(Attached::Jumps((source, writer))) => {
-            Session::new(source, writer, options, &examined).run(observer)
-        }
-        Err(error) => {
-            output.discard();
-            Err(error)
-        }
-    }
-}
-
-/// A source of either kind, and where it is to be recorded.
-enum Attached {
-    Traps((TrapSource, CaptureWriter)),
-    Jumps((AgentSource, CaptureWriter)),
+    ended.unwrap_or_else(|error| {
+        output.discard();
+        Err(error)
+    })
 }
 
 /// Plants the agent. On failure the target runs on as it was.

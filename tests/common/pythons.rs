@@ -99,7 +99,8 @@ impl Python {
     /// True for the builds that allocation records by this kind of breakpoint are promised for.
     pub fn records_promised(&self, kind: Kind) -> bool {
         match kind {
-            Kind::Trap | Kind::Jump => self.flavour != Flavour::FreeThreaded && self.libc == "glibc",
+            Kind::Trap => self.flavour != Flavour::FreeThreaded && self.libc == "glibc",
+            Kind::Jump => true,
         }
     }
 
