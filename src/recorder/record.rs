@@ -15,6 +15,7 @@ use super::trap::{StackReader, TrapSource};
 use crate::capture::{CaptureWriter, Counters, EndReason, Header, Trailer};
 use crate::cpython::Python;
 use crate::inferior::error::TraceError;
+use crate::inferior::handle::Handle;
 use crate::inferior::stop::StopEvent;
 use crate::inferior::{Inferior, maps, sys};
 use crate::probe::calls::Observation;
@@ -129,9 +130,10 @@ fn attach_jumps(
     if let Some(alive) = examined.stale.iter().find(|s| s.controller_lives()) {
         return Err(ProbeError::ControllerAlive { pid: options.pid, controller: alive.controller.0 }.into());
     }
+    let handle = Handle::open(options.pid);
     let planted = plant::plant(options, jump, examined, &mut || output.take())?;
     let (planted, writer) = planted;
-    Ok((AgentSource::new(planted, examined.python.clone(), examined.seccomp)?, writer))
+    Ok((AgentSource::new(planted, handle, examined.python.clone(), examined.seccomp)?, writer))
 }
 
 /// The capture file, made before the target is stopped where that can't lose anything.
