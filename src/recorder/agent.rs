@@ -33,6 +33,9 @@ const SHORTEST_SLEEP: Duration = Duration::from_micros(100);
 const LONGEST_SLEEP: Duration = Duration::from_millis(4);
 /// How often the target is asked whether it still is what it was.
 const ASK_EVERY: Duration = Duration::from_millis(20);
+/// How long a debugger that came during the recording is waited for, and between two looks.
+const TRACER_PATIENCE: Duration = Duration::from_secs(2);
+const TRACER_PAUSE: Duration = Duration::from_millis(20);
 
 /// Events by the agent.
 pub struct AgentSource {
@@ -55,6 +58,9 @@ pub struct AgentSource {
     /// The target is gone, in this way; what is in the rings still has to be told.
     gone: Option<SourceEvent>,
     unknown_stacks: u64,
+    /// Calls that the agent passed through: as counted there, and how many of them are told.
+    passed: u64,
+    passed_told: u64,
 }
 
 /// What has become of the target.
@@ -90,6 +96,8 @@ impl AgentSource {
             asked: Instant::now(),
             gone: None,
             unknown_stacks: 0,
+            passed: 0,
+            passed_told: 0,
         })
     }
 
@@ -123,14 +131,44 @@ impl AgentSource {
         Ok(SourceEvent::Idle)
     }
 
+    /// A word of the agent's state.
+    fn word(&self, at: usize) -> Option<u64> {
+        let mut bytes = [0; 8];
+        let read = self.mem_file.read_exact_at(&mut bytes, self.loaded.parts.state.0.0 + at as u64);
+        read.ok().map(|()| u64::from_le_bytes(bytes))
+    }
+
+    /// Calls of signal handlers inside the agent, and of threads that it could not tell.
+    fn count_passed(&mut self) {
+        let counted = [offset_of!(State, in_agent), offset_of!(State, without_slot)];
+        let passed = counted.into_iter().filter_map(|at| self.word(at)).fold(0, u64::saturating_add);
+        self.passed = self.passed.max(passed);
+    }
+
+    /// Takes the hooks back, or where a debugger came meanwhile at least the agent's leave to record.
+    fn lift(&self) -> Result<LeftBehind, RecordError> {
+        let start = Instant::now();
+        loop {
+            let error = match Inferior::seize(self.loaded.pid) {
+                Ok(inferior) => return Ok(jump::lift(inferior, &self.loaded, self.seccomp)?),
+                Err(AttachError::NoProcess { .. } | AttachError::Zombie { .. }) => {
+                    return Ok(LeftBehind::default());
+                }
+                Err(error @ AttachError::AlreadyTraced { .. }) => error,
+                Err(error) => return Err(error.into()),
+            };
+            if start.elapsed() > TRACER_PATIENCE {
+                jump::switch_off(&self.loaded)?;
+                let regions = self.loaded.regions.clone();
+                return Ok(LeftBehind { regions, why: vec![error.to_string()], busy: true });
+            }
+            std::thread::sleep(TRACER_PAUSE);
+        }
+    }
+
     fn condition(&self) -> Condition {
-        let word = |at: usize| {
-            let mut bytes = [0; 8];
-            let read = self.mem_file.read_exact_at(&mut bytes, self.loaded.parts.state.0.0 + at as u64);
-            read.ok().map(|()| u64::from_le_bytes(bytes))
-        };
-        if word(offset_of!(State, magic)) == Some(STATE_MAGIC) {
-            return match word(offset_of!(State, enabled)) {
+        if self.word(offset_of!(State, magic)) == Some(STATE_MAGIC) {
+            return match self.word(offset_of!(State, enabled)) {
                 Some(enabled) if enabled as u32 == 0 => Condition::SwitchedOff,
                 _ => Condition::Recording,
             };
@@ -165,6 +203,11 @@ impl AgentSource {
         }
         if unreadable > 0 {
             return Some(SourceEvent::Missing(unreadable, DropReason::Unreadable));
+        }
+        let passed = self.passed - self.passed_told;
+        if passed > 0 {
+            self.passed_told = self.passed;
+            return Some(SourceEvent::Missing(passed, DropReason::PassedThrough));
         }
         while let Some(event) = self.merger.peek().copied() {
             if let Some(translated) = self.translator.translate(&event) {
@@ -237,6 +280,7 @@ impl RecordSource for AgentSource {
 
     fn every_second(&mut self) -> Result<(), RecordError> {
         self.clock.refine();
+        self.count_passed();
         Ok(())
     }
 
@@ -253,11 +297,8 @@ impl RecordSource for AgentSource {
     }
 
     fn finish(mut self, ledger: &mut Ledger) -> Result<Finished, RecordError> {
-        let lifted = match Inferior::seize(self.loaded.pid) {
-            Ok(inferior) => jump::lift(inferior, &self.loaded, self.seccomp).map_err(RecordError::from),
-            Err(AttachError::NoProcess { .. } | AttachError::Zombie { .. }) => Ok(LeftBehind::default()),
-            Err(error) => Err(error.into()),
-        };
+        self.count_passed();
+        let lifted = self.lift();
         // The target was let go; what it told until then is recorded whatever became of that.
         let failed = self.drain(ledger).err();
         Ok(Finished { left: lifted?, failed })
