@@ -64,7 +64,9 @@ type Key = (String, String, u32, u64);
 fn is_arena(allocation: &Allocation) -> bool {
     allocation.allocator == "mmap" && matches!(allocation.size, 0x4_0000 | 0x10_0000)
         || allocation.allocator == "mmap" && allocation.size.is_power_of_two() && allocation.size >= 0x4000
-        || allocation.allocator.starts_with("mem_") && allocation.size.is_power_of_two() && allocation.size >= 0x1000
+        || allocation.allocator.starts_with("mem_")
+            && allocation.size.is_power_of_two()
+            && allocation.size >= 0x1000
 }
 
 /// memalign and aligned_alloc are the same code in glibc before 2.38, so a breakpoint cannot tell them apart.
