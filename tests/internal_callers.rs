@@ -4,7 +4,7 @@
 mod common;
 mod support;
 
-use common::{Flavour, Python as Interpreter, pythons, skipped};
+use common::{Flavour, Python as Interpreter, Recording, pythons, skipped};
 use heaptap::addr::RemoteAddr;
 use heaptap::cpython::Binary;
 use heaptap::image::{Module, libc_of};
@@ -332,4 +332,43 @@ fn what_glibc_really_maps_for_itself_is_told_from_the_rest() {
         }
     }
     assert!(libraries.len() > 1 || common::pythons().len() < 5);
+}
+
+/// Bytes of each mapping that a recording of `mapper`'s work holds.
+fn recorded(mapper: &mut Mapper, arguments: &[&str]) -> Vec<u64> {
+    let recording = Recording::try_attach(mapper.pid(), arguments).unwrap();
+    writeln!(mapper.stdin, "go").unwrap();
+    mapper.expect("done\n");
+    let capture = recording.stop();
+    let dump = capture.assert_code(0).dump();
+    let mapped = dump.allocations.iter().filter(|a| a.allocator == "mmap");
+    mapped.map(|a| a.size).collect()
+}
+
+#[test]
+fn recordings_hold_no_mappings_of_an_allocators_own() {
+    const MIB: u64 = 1 << 20;
+    // The program's own, a thread's stack (musl's are small) and its frames' stack: nothing else that it maps is its own.
+    let is_its_own = |bytes: u64| bytes == MIB || (8 * MIB..9 * MIB).contains(&bytes) || bytes <= 256 << 10;
+    let chosen = |name: &str| pythons().iter().find(|i| i.name.starts_with(name));
+    let libraries = ["libjemalloc.so.2", "libtcmalloc_minimal.so.4"];
+    let libraries = libraries.map(|name| common::pythons::cache().join("allocators").join(name));
+    let preloaded =
+        libraries.iter().filter(|path| path.exists()).map(|path| ("pyenv-3.12", Some(path.as_path())));
+    let plain = ["pyenv-3.12", "debian-3.9", "debian-3.13", "debian-3.14", "freeze-3.13t", "musl-3.14"];
+    let plain = plain.map(|name| (name, None));
+    let modes: [&[&str]; 4] =
+        [&[], &["--python-allocators"], &["--exact"], &["--exact", "--python-allocators"]];
+    for (name, preload) in plain.into_iter().chain(preloaded) {
+        let Some(interpreter) = chosen(name) else { continue };
+        // Every event has the calls under way on the stack: tried on one, with and without the tables.
+        let modes = if (name, preload) == plain[0] { &modes[..] } else { &modes[..2] };
+        for mode in modes {
+            let mut mapper = Mapper::start(interpreter, preload);
+            let mapped = recorded(&mut mapper, mode);
+            let others: Vec<_> = mapped.iter().filter(|bytes| !is_its_own(**bytes)).collect();
+            assert!(others.is_empty(), "{interpreter}, {preload:?}, {mode:?}: {others:?}");
+            assert_eq!(mapped.iter().filter(|bytes| **bytes == MIB).count(), 1, "{interpreter}, {mode:?}");
+        }
+    }
 }

@@ -14,7 +14,8 @@ use super::translate::{Translated, Translator};
 use crate::agent_abi::{STATE_MAGIC, State};
 use crate::capture::{CaptureWriter, DropReason, StackId};
 use crate::cpython::Python;
-use crate::inferior::error::{AttachError, TraceError};
+use crate::inferior::error::TraceError;
+use crate::inferior::handle::Handle;
 use crate::inferior::memory::ProcessMemory;
 use crate::inferior::{Inferior, facts, maps};
 use crate::memory::RemoteMemory;
@@ -46,6 +47,8 @@ pub struct AgentSource {
     memory: ProcessMemory,
     /// The memory of the program that was attached to: not that of one it executes later.
     mem_file: std::fs::File,
+    /// Tells when it has ended, and how.
+    handle: Handle,
     /// Its system calls are filtered.
     seccomp: bool,
     /// The event that [`RecordSource::next`] gave last, if it was a call.
@@ -69,7 +72,7 @@ enum Condition {
 
 impl AgentSource {
     /// Takes over a process in which the agent is planted.
-    pub fn new(planted: Planted, python: Python, seccomp: bool) -> Result<Self, RecordError> {
+    pub fn new(planted: Planted, handle: Handle, python: Python, seccomp: bool) -> Result<Self, RecordError> {
         let Planted { loaded, rings, heart, settings, .. } = planted;
         let pid = loaded.pid;
         let told = Told::new(python.layout.meaning.line_table);
@@ -84,6 +87,7 @@ impl AgentSource {
             python,
             memory: ProcessMemory::new(pid),
             mem_file,
+            handle,
             seccomp,
             current: None,
             idle: 0,
@@ -123,23 +127,26 @@ impl AgentSource {
         Ok(SourceEvent::Idle)
     }
 
+    /// A word of the agent's state; `None` once the program that was attached to has no memory any more.
+    fn read_state(&self, at: usize) -> Option<u64> {
+        let mut bytes = [0; 8];
+        let read = self.mem_file.read_exact_at(&mut bytes, self.loaded.parts.state.0.0 + at as u64);
+        read.ok().map(|()| u64::from_le_bytes(bytes))
+    }
+
     fn condition(&self) -> Condition {
-        let word = |at: usize| {
-            let mut bytes = [0; 8];
-            let read = self.mem_file.read_exact_at(&mut bytes, self.loaded.parts.state.0.0 + at as u64);
-            read.ok().map(|()| u64::from_le_bytes(bytes))
-        };
-        if word(offset_of!(State, magic)) == Some(STATE_MAGIC) {
-            return match word(offset_of!(State, enabled)) {
+        if self.read_state(offset_of!(State, magic)) == Some(STATE_MAGIC) {
+            return match self.read_state(offset_of!(State, enabled)) {
                 Some(enabled) if enabled as u32 == 0 => Condition::SwitchedOff,
                 _ => Condition::Recording,
             };
         }
-        let pid = self.loaded.pid;
-        let lives = facts::threads(pid).is_ok_and(|threads| {
-            threads.iter().any(|tid| !matches!(facts::state(pid, *tid), None | Some('Z' | 'X')))
-        });
-        Condition::Gone(if lives { SourceEvent::Executed } else { SourceEvent::Ended(None) })
+        // A process that ends has no memory any more a while before it has ended.
+        match self.handle.end() {
+            Some(how) => Condition::Gone(SourceEvent::Ended(how)),
+            None if facts::has_memory(self.loaded.pid) => Condition::Gone(SourceEvent::Executed),
+            None => Condition::Recording,
+        }
     }
 
     /// Everything that is left in the rings.
@@ -253,9 +260,15 @@ impl RecordSource for AgentSource {
     }
 
     fn finish(mut self, ledger: &mut Ledger) -> Result<Finished, RecordError> {
-        let lifted = match Inferior::seize(self.loaded.pid) {
+        let seized = Inferior::seize(self.loaded.pid);
+        let is_gone = self.read_state(offset_of!(State, magic)).is_none();
+        let lifted = match seized {
+            // Another program by now, or none: nothing of ours is in it.
+            Ok(inferior) if is_gone => {
+                inferior.detach().map(|()| LeftBehind::default()).map_err(RecordError::from)
+            }
+            Err(_) if is_gone => Ok(LeftBehind::default()),
             Ok(inferior) => jump::lift(inferior, &self.loaded, self.seccomp).map_err(RecordError::from),
-            Err(AttachError::NoProcess { .. } | AttachError::Zombie { .. }) => Ok(LeftBehind::default()),
             Err(error) => Err(error.into()),
         };
         // The target was let go; what it told until then is recorded whatever became of that.

@@ -29,7 +29,7 @@ pub fn pointers(pid: i32, mappings: &[Mapping]) -> Pointers {
     found
 }
 
-/// Words that pointed to a file's code and now point to something that is none of that, and not nothing.
+/// Words that pointed to a file's code and now hold what may be the address of a function elsewhere.
 pub fn led_astray(pid: i32, before: &Pointers, mappings: &[Mapping]) -> Vec<String> {
     let memory = fs::File::open(format!("/proc/{pid}/mem")).expect("/proc/PID/mem of an own child");
     let code = code(mappings);
@@ -40,7 +40,9 @@ pub fn led_astray(pid: i32, before: &Pointers, mappings: &[Mapping]) -> Vec<Stri
             continue; // a library was unloaded
         }
         let is = u64::from_le_bytes(word);
-        if is != *was && is > 0xffff && !is_in(&code, is) {
+        // Small numbers, packed ones and odd ones are no functions.
+        let is_function = (0x1_0000..1 << 47).contains(&is) && is % 16 == 0;
+        if is != *was && is_function && !is_in(&code, is) {
             found.push(format!("the word at {at:#x} pointed to code at {was:#x}, now to {is:#x}"));
         }
     }

@@ -79,6 +79,11 @@ impl Snapshot {
         }
     }
 
+    /// Without the look for words that point elsewhere than before: for a program that copies the tables it finds.
+    pub fn without_pointers(self) -> Snapshot {
+        Snapshot { pointers: Pointers::new(), ..self }
+    }
+
     /// Where executable memory was not what its file holds; for a process there is no earlier look at.
     pub fn changed_text(&self) -> &[String] {
         &self.changed_text

@@ -27,6 +27,11 @@ fn the_sizes_that_were_asked_for_under_every_pythonmalloc() {
     });
 }
 
+/// tracemalloc keeps what it found in the tables when it was started, and uses it no more once it is stopped.
+fn look(target: &Target) -> Snapshot {
+    Snapshot::take(target.pid()).without_pointers()
+}
+
 fn tell(target: &mut Target, command: &str, answer: &str) {
     target.send(command);
     target.expect(answer);
@@ -44,7 +49,7 @@ fn detach_says(target: &mut Target, word: &str) {
 fn an_application_that_traces_its_memory_for_a_while() {
     for_each_kind(Python::records_promised, |python, kind| {
         let mut target = Target::start(python, "traced_memory.py");
-        let before = Snapshot::take(target.pid());
+        let before = look(&target);
         let recording = Recording::attach(&target, &kind.with(PYTHON_ALLOCATORS));
         tell(&mut target, "trace", "traced");
         let truth = Truth::from_json(target.go());
@@ -60,7 +65,7 @@ fn an_application_that_traces_its_memory_for_a_while() {
 fn an_application_that_traces_its_memory_when_heaptap_goes() {
     for_each_kind(Python::records_promised, |python, kind| {
         let mut target = Target::start(python, "traced_memory.py");
-        let before = Snapshot::take(target.pid());
+        let before = look(&target);
         let recording = Recording::attach(&target, &kind.with(PYTHON_ALLOCATORS));
         tell(&mut target, "trace", "traced");
         let truth = Truth::from_json(target.go());
@@ -100,7 +105,7 @@ fn detach_in_the_end(target: &mut Target) {
 fn an_application_that_stops_tracing_in_mid_recording() {
     for_each_kind(Python::records_promised, |python, kind| {
         let mut target = Target::start(python, "traced_memory.py");
-        let before = Snapshot::take(target.pid());
+        let before = look(&target);
         tell(&mut target, "trace", "traced");
         let recording = Recording::attach(&target, &kind.with(PYTHON_ALLOCATORS));
         let truth = Truth::from_json(target.go());
@@ -126,7 +131,7 @@ fn an_application_that_traces_its_memory_when_heaptap_is_killed() {
     for_each_kind(a_few, |python, kind| {
         for worked in [false, true] {
             let mut target = Target::start(python, "traced_memory.py");
-            let before = Snapshot::take(target.pid());
+            let before = look(&target);
             let recording = Recording::attach(&target, &kind.with(PYTHON_ALLOCATORS));
             tell(&mut target, "trace", "traced");
             recording.kill();
