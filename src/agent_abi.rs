@@ -150,8 +150,8 @@ pub mod may {
     pub const MAKE_CALLS: u32 = 1;
     /// `rdfsbase` works in user mode.
     pub const READ_FS_BASE: u32 = 2;
-    /// CPython's allocator tables are hooked.
-    pub const TABLES_HOOKED: u32 = 4;
+    /// CPython's small blocks come from pymalloc or mimalloc at once: a small malloc of its tables calls no other hooked function.
+    pub const PASS_ON_TABLES: u32 = 4;
 }
 
 /// A thread as the agent knows it.

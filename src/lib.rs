@@ -6,14 +6,17 @@
 //! 1. [`recorder::examine`] reads /proc, the process's ELF files ([`image`]) and its memory ([`memory`]): which CPython it
 //!    is and by which layout its structures are read ([`cpython`]), which functions hand out memory, and whatever
 //!    speaks against recording it. Nothing is stopped yet.
-//! 2. [`inferior`] seizes every thread and stops the world. The layout is tried on the real threads; only when that
-//!    succeeds is anything written.
-//! 3. [`probe`] plans the entry points, maps a region of thunks near each library, installs its SIGTRAP handler and plants
-//!    the breakpoints. The world runs on.
-//! 4. A [`recorder::source`] tells of calls: [`recorder::trap`] stops the allocating thread at each, reads its arguments,
-//!    its result and its Python stack. The [`recorder::ledger`] turns that into records in an order that replays right,
-//!    and [`capture`] writes them.
-//! 5. At the end everything is taken back in reverse order and compared; tracing ends.
+//! 2. The layout is tried on the real threads; only when that succeeds is anything written. Then by either kind of breakpoint:
+//!    * **jump**: [`probe::load`] maps code near each library, the in-target agent (`src/agent/`, built by `build.rs`), its
+//!      state and its rings, with one thread stopped for a system call at a time; [`probe::jump`] stops the world once and
+//!      plants the jumps; then [`inferior`] lets go of the process.
+//!    * **trap**: [`probe::install`] maps thunks, installs a SIGTRAP handler and plants int3s in a stopped world that
+//!      stays traced.
+//! 3. A [`recorder::source`] tells of calls: [`recorder::agent`] drains the agent's rings ([`probe::ring`]), merges them
+//!    ([`recorder::merge`]) and resolves the stacks it was told ([`recorder::told`]); [`recorder::trap`] stops the allocating
+//!    thread at each call and reads arguments, result and Python stack from outside.
+//! 4. The [`recorder::ledger`] turns that into records in an order that replays right, and [`capture`] writes them.
+//! 5. At the end everything is taken back in reverse order and compared.
 //! 6. [`analysis`] and [`report`] read the file, on any machine, and know nothing of processes.
 //!
 //! Data goes one way: `inferior → probe → recorder → capture → analysis → report`; live and offline code meet in

@@ -5,15 +5,15 @@ mod common;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use common::{Python, Recording, Snapshot, Target, for_each_python, heaptap};
+use common::{Kind, Python, Recording, Snapshot, Target, for_each_kind, heaptap};
 use serde_json::json;
 
 /// Rounds per interpreter; a soak makes ten times as many.
 const ROUNDS: u64 = 100;
 
-fn one_of_each_linking(python: &Python) -> bool {
+fn one_of_each_linking(python: &Python, kind: Kind) -> bool {
     let named = std::env::var_os("HEAPTAP_TEST_PYTHON").is_some();
-    python.records_promised()
+    python.records_promised(kind)
         && (named || ["pyenv-3.11", "debian-3.14"].iter().any(|name| python.name.starts_with(name)))
 }
 
@@ -38,7 +38,7 @@ fn assert_right(target: &mut Target, last: &mut u64) {
 
 #[test]
 fn killing_the_recorder_at_any_instant_spares_the_target() {
-    for_each_python(one_of_each_linking, |python| {
+    for_each_kind(one_of_each_linking, |python, kind| {
         let mut target = Target::start(python, "verifying.py");
         let before = Snapshot::take(target.pid());
         let mut rounds = 0;
@@ -49,6 +49,7 @@ fn killing_the_recorder_at_any_instant_spares_the_target() {
             let mut child = heaptap()
                 .args(["attach", "--pid", &target.pid().to_string(), "-o"])
                 .arg(folder.path().join(format!("{round}.heaptap")))
+                .args(kind.with(&[]))
                 .stdout(std::process::Stdio::null())
                 .stderr(complaints.try_clone().unwrap())
                 .spawn()
@@ -75,12 +76,12 @@ fn killing_the_recorder_at_any_instant_spares_the_target() {
 
 #[test]
 fn a_recorder_comes_back_after_one_that_was_killed() {
-    for_each_python(one_of_each_linking, |python| {
+    for_each_kind(one_of_each_linking, |python, kind| {
         let mut target = Target::start(python, "libc_blocks.py");
         let before = Snapshot::take(target.pid());
-        Recording::attach(&target, &[]).kill();
+        Recording::attach(&target, &kind.with(&[])).kill();
         target.go();
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         let truth = common::truth::Truth::from_json(target.go());
         let capture = recording.stop();
         truth.assert_matches(&capture.assert_code(0).dump());
@@ -91,17 +92,17 @@ fn a_recorder_comes_back_after_one_that_was_killed() {
 /// The one that was killed left its breakpoints: nothing was allocated since, and nothing took them out.
 #[test]
 fn a_recorder_comes_back_before_the_target_has_healed() {
-    for_each_python(one_of_each_linking, |python| {
+    for_each_kind(one_of_each_linking, |python, kind| {
         let mut target = Target::start(python, "libc_blocks.py");
         let before = Snapshot::take(target.pid());
         for _ in 0..3 {
-            Recording::attach(&target, &["--python-allocators"]).kill();
+            Recording::attach(&target, &kind.with(&["--python-allocators"])).kill();
             assert!(
                 !Snapshot::take(target.pid()).changed_text().is_empty(),
                 "the breakpoints are still there"
             );
         }
-        let recording = Recording::attach(&target, &["--python-allocators"]);
+        let recording = Recording::attach(&target, &kind.with(&["--python-allocators"]));
         let truth = common::truth::Truth::from_json(target.go());
         let capture = recording.stop();
         truth.assert_matches(&capture.assert_code(0).dump());

@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 
 use common::snapshot::assert_left_no_trace;
 use common::truth::Truth;
-use common::{Python, Recording, Snapshot, Target, for_each_python};
+use common::{Kind, Python, Recording, Snapshot, Target, for_each_kind};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 /// Two interpreters stand for all where the behaviour is the kernel's rather than Python's; all of them in a soak.
-fn a_few(python: &Python) -> bool {
+fn a_few(python: &Python, kind: Kind) -> bool {
     let chosen = common::soak() || std::env::var_os("HEAPTAP_TEST_PYTHON").is_some();
-    python.records_promised()
+    python.records_promised(kind)
         && (chosen || ["pyenv-3.11", "debian-3.14"].iter().any(|name| python.name.starts_with(name)))
 }
 
@@ -25,10 +25,10 @@ fn state(pid: i32) -> char {
 
 #[test]
 fn signals_at_a_kilohertz_arrive_exactly_once() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         let mut target = Target::start(python, "signals.py");
         let before = Snapshot::take(target.pid());
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         let truth = target.go();
         recording.stop().assert_code(0);
         assert_eq!(truth["lost"], json!([]), "of {} signals", truth["sent"]);
@@ -41,11 +41,11 @@ fn signals_at_a_kilohertz_arrive_exactly_once() {
 
 #[test]
 fn threads_blocked_in_system_calls_stay_blocked() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         let mut target = Target::start(python, "blocked.py");
         let before = Snapshot::take(target.pid());
         for _ in 0..3 {
-            let recording = Recording::attach(&target, &[]);
+            let recording = Recording::attach(&target, &kind.with(&[]));
             recording.stop().assert_code(0);
         }
         assert_left_no_trace(&before, &mut target);
@@ -66,10 +66,10 @@ fn threads_blocked_in_system_calls_stay_blocked() {
 
 #[test]
 fn a_sleep_lasts_as_long_as_it_was_asked_to() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         let mut target = Target::builder(python, "blocked.py").env("HEAPTAP_FIXTURE_SECONDS", "5").start();
         let before = Snapshot::take(target.pid());
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         std::thread::sleep(Duration::from_millis(300));
         recording.stop().assert_code(0);
         assert_left_no_trace(&before, &mut target);
@@ -83,12 +83,12 @@ fn a_sleep_lasts_as_long_as_it_was_asked_to() {
 
 #[test]
 fn a_stopped_process_is_recorded_and_stays_stopped() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         let mut target = Target::start(python, "libc_blocks.py");
         target.signal(Signal::SIGSTOP);
         wait_until(|| state(target.pid()) == 'T', "the target stops");
         let before = Snapshot::take(target.pid());
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         recording.stop().assert_code(0);
         wait_until(|| state(target.pid()) == 'T', "the target is stopped again");
         assert_left_no_trace(&before, &mut target);
@@ -100,10 +100,10 @@ fn a_stopped_process_is_recorded_and_stays_stopped() {
 
 #[test]
 fn a_stop_and_a_continue_in_the_middle_work_as_ever() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         let mut target = Target::start(python, "libc_blocks.py");
         let before = Snapshot::take(target.pid());
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         target.signal(Signal::SIGSTOP);
         // While traced the stop shows as T or t; either way nothing is computed.
         wait_until(|| matches!(state(target.pid()), 'T' | 't'), "the target stops under the tracer");
@@ -128,10 +128,10 @@ fn wait_until(done: impl Fn() -> bool, what: &str) {
 
 #[test]
 fn programs_started_by_the_target_run_untouched() {
-    for_each_python(Python::records_promised, |python| {
+    for_each_kind(Python::records_promised, |python, kind| {
         let mut target = Target::start(python, "spawning.py");
         let before = Snapshot::take(target.pid());
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         let truth = target.go();
         let capture = recording.stop();
         assert_eq!(truth["wrong_children"], json!([]));
@@ -142,9 +142,9 @@ fn programs_started_by_the_target_run_untouched() {
 
 #[test]
 fn exec_ends_the_recording_and_spares_the_new_program() {
-    for_each_python(Python::records_promised, |python| {
+    for_each_kind(Python::records_promised, |python, kind| {
         let mut target = Target::start(python, "replacing.py");
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         let truth = Truth::from_json(target.go());
         let capture = recording.finish();
         target.expect("second life");
@@ -159,7 +159,7 @@ fn exec_ends_the_recording_and_spares_the_new_program() {
 
 #[test]
 fn every_way_to_end_is_passed_on_and_closes_the_capture() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         for (how, code, signal) in [
             ("code", Some(7), None),
             ("os-exit", Some(8), None),
@@ -169,7 +169,7 @@ fn every_way_to_end_is_passed_on_and_closes_the_capture() {
         ] {
             use std::os::unix::process::ExitStatusExt;
             let mut target = Target::builder(python, "exiting.py").arg(how).start();
-            let recording = Recording::attach(&target, &[]);
+            let recording = Recording::attach(&target, &kind.with(&[]));
             let truth = Truth::from_json(target.go());
             let capture = recording.finish();
             let status = target.wait();
@@ -185,12 +185,12 @@ fn every_way_to_end_is_passed_on_and_closes_the_capture() {
 
 #[test]
 fn an_application_that_uses_sigtrap_keeps_it() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         for how in ["handled", "blocked", "ignored"] {
             let mut target = Target::builder(python, "sigtrap.py").arg(how).start();
             let before = Snapshot::take(target.pid());
             // Refused: then nothing was written and everything works as before. Or recorded, and all the same.
-            let recording = Recording::try_attach(target.pid(), &["--breakpoints", "trap"]);
+            let recording = Recording::try_attach(target.pid(), &kind.with(&[]));
             let refused = recording.is_err();
             let truth = target.go();
             match recording {
@@ -200,7 +200,12 @@ fn an_application_that_uses_sigtrap_keeps_it() {
                     Default::default()
                 }
             };
-            assert!(refused || how == "ignored", "{how}: the trap kind must refuse this process");
+            match kind {
+                Kind::Trap => {
+                    assert!(refused || how == "ignored", "{how}: the trap kind must refuse this process")
+                }
+                Kind::Jump => assert!(!refused, "{how}: jumps have no use for SIGTRAP"),
+            }
             let reached: u64 =
                 [&truth["handled"], &truth["waited"]].iter().filter_map(|v: &&Value| v.as_u64()).sum();
             assert_eq!(

@@ -1,17 +1,18 @@
-//! Every fixture on every interpreter, attached to by pid and recorded: what the capture holds is what the fixture
+//! Every fixture on every interpreter, attached to by pid and recorded by both kinds of breakpoints: what the capture holds is what the fixture
 //! did, to the record, and nothing is left in the process afterwards.
 
 mod common;
 
 use common::snapshot::assert_left_no_trace;
 use common::truth::Truth;
-use common::{Python, Recording, Snapshot, Target, for_each_python};
+use common::{Kind, Python, Recording, Snapshot, Target, for_each_kind};
 
-/// One attach: start, record one "go", stop, compare.
-fn records_of(python: &Python, program: &str, arguments: &[&str]) {
+/// One attach by one kind of breakpoint: start, record one "go", stop, compare.
+fn records_of(python: &Python, kind: Kind, program: &str, arguments: &[&str]) {
     let mut target = Target::start(python, program);
     let before = Snapshot::take(target.pid());
-    let recording = Recording::attach(&target, arguments);
+    let recording = Recording::attach(&target, &kind.with(arguments));
+    assert_recorded_by(kind, &before, &target);
     let truth = Truth::from_json(target.go());
     let capture = recording.stop();
     capture.assert_code(0);
@@ -20,8 +21,24 @@ fn records_of(python: &Python, program: &str, arguments: &[&str]) {
     assert!(target.exit().success(), "{program} does not end well after the detach");
 }
 
+/// The look for traces is no use unless it sees what there is while it is recorded. And nothing of ours can be written to and
+/// executed.
+fn assert_recorded_by(kind: Kind, before: &Snapshot, target: &Target) {
+    let seen = before.differences(target.pid());
+    let signs: &[&str] = match kind {
+        Kind::Jump => {
+            &["text differs", "new executable", "memfd:heaptap", "children do not get", "pointed to code"]
+        }
+        Kind::Trap => &["text differs", "new executable", "is traced by"],
+    };
+    for sign in signs {
+        assert!(seen.iter().any(|line| line.contains(sign)), "{sign} is not in {seen:#?}");
+    }
+    assert_eq!(Snapshot::take(target.pid()).writable_code(), before.writable_code());
+}
+
 fn on_all(program: &str, arguments: &[&str]) {
-    for_each_python(Python::records_promised, |python| records_of(python, program, arguments));
+    for_each_kind(Python::records_promised, |python, kind| records_of(python, kind, program, arguments));
 }
 
 #[test]
@@ -93,14 +110,14 @@ fn a_preloaded_allocator() {
             common::missing(&format!("{library}: not in the cache (scripts/fetch-interpreters allocators)"));
             continue;
         }
-        let here = |python: &Python| python.records_promised() && python.root.is_none();
-        for_each_python(here, |python| {
+        let here = |python: &Python, kind| python.records_promised(kind) && python.root.is_none();
+        for_each_kind(here, |python, kind| {
             for program in ["libc_blocks.py", "libc_aligned.py", "threads.py"] {
                 let mut target = Target::builder(python, program).preload(path.to_str().unwrap()).start();
                 let maps = std::fs::read_to_string(format!("/proc/{}/maps", target.pid())).unwrap();
                 assert!(maps.contains(library), "{library} was not preloaded");
                 let before = Snapshot::take(target.pid());
-                let recording = Recording::attach(&target, &[]);
+                let recording = Recording::attach(&target, &kind.with(&[]));
                 let truth = Truth::from_json(target.go());
                 let capture = recording.stop();
                 capture.assert_code(0);
@@ -113,11 +130,11 @@ fn a_preloaded_allocator() {
 
 #[test]
 fn a_second_recording_after_the_first() {
-    for_each_python(Python::records_promised, |python| {
+    for_each_kind(Python::records_promised, |python, kind| {
         let mut target = Target::start(python, "libc_blocks.py");
         let before = Snapshot::take(target.pid());
         for _ in 0..3 {
-            let recording = Recording::attach(&target, &[]);
+            let recording = Recording::attach(&target, &kind.with(&[]));
             let truth = Truth::from_json(target.go());
             let capture = recording.stop();
             truth.assert_matches(&capture.assert_code(0).dump());

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Recording, Snapshot, Target, heaptap};
+use common::{Kind, Recording, Snapshot, Target, heaptap};
 
 const NOBODY: u32 = 65534;
 
@@ -35,13 +35,24 @@ impl Drop for Reaped {
     }
 }
 
+/// By each kind of breakpoint, which must come to the same.
 fn attach(pid: i32) -> Output {
     let folder = tempfile::tempdir().unwrap();
-    let mut command = heaptap();
-    command
-        .args(["attach", "--duration", "1s", "--pid", &pid.to_string(), "-o"])
-        .arg(folder.path().join("c.heaptap"));
-    command.output().expect("heaptap starts")
+    let told = |kind: Kind| {
+        let mut command = heaptap();
+        command
+            .args(["attach", "--duration", "1s", "--pid", &pid.to_string(), "-o"])
+            .arg(folder.path().join("c.heaptap"))
+            .args(kind.with(&[]));
+        command.output().expect("heaptap starts")
+    };
+    let (jump, trap) = (told(Kind::Jump), told(Kind::Trap));
+    assert_eq!(
+        (jump.status, String::from_utf8_lossy(&jump.stderr)),
+        (trap.status, String::from_utf8_lossy(&trap.stderr)),
+        "the kind of breakpoint is no matter here"
+    );
+    jump
 }
 
 /// Exit code 3, and every one of `words` somewhere in what was said (in any case).
@@ -174,7 +185,7 @@ fn a_process_of_32_bits() {
 #[test]
 fn a_process_that_is_already_traced() {
     let mut target = Target::start(&common::pythons()[0], "libc_blocks.py");
-    let recording = Recording::attach(&target, &[]);
+    let recording = Recording::attach(&target, &Kind::Trap.with(&[]));
     assert_refused(&attach(target.pid()), &["traced", &recording.pid().to_string()]);
     target.go();
     recording.stop().assert_code(0);
@@ -193,13 +204,16 @@ fn a_process_of_another_user() {
     fs::copy(assert_cmd::cargo::cargo_bin!("heaptap"), &binary).unwrap();
     let mut target = Target::start(&common::pythons()[0], "libc_blocks.py");
     let before = Snapshot::take(target.pid());
-    let output = Command::new(&binary)
-        .args(["attach", "--duration", "1s", "--pid", &target.pid().to_string(), "-o", "c.heaptap"])
-        .current_dir(folder.path())
-        .uid(NOBODY)
-        .gid(NOBODY)
-        .output()
-        .unwrap();
-    assert_refused(&output, &["ptrace_scope", "CAP_SYS_PTRACE"]);
+    for kind in [Kind::Jump, Kind::Trap] {
+        let output = Command::new(&binary)
+            .args(["attach", "--duration", "1s", "--pid", &target.pid().to_string(), "-o", "c.heaptap"])
+            .args(kind.with(&[]))
+            .current_dir(folder.path())
+            .uid(NOBODY)
+            .gid(NOBODY)
+            .output()
+            .unwrap();
+        assert_refused(&output, &["ptrace_scope", "CAP_SYS_PTRACE"]);
+    }
     common::snapshot::assert_left_no_trace(&before, &mut target);
 }

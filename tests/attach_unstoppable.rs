@@ -5,15 +5,15 @@ mod common;
 
 use common::heaptap::heaptap_says;
 use common::snapshot::assert_left_no_trace;
-use common::{Python, Recording, Snapshot, Target, for_each_python};
+use common::{Kind, Python, Recording, Snapshot, Target, for_each_kind};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Interpreters of this machine: a library compiled here is not one for another root.
-fn of_this_machine(python: &Python) -> bool {
-    python.records_promised() && python.name.starts_with("pyenv-3.11")
+fn of_this_machine(python: &Python, kind: Kind) -> bool {
+    python.records_promised(kind) && python.name.starts_with("pyenv-3.11")
 }
 
 fn native(folder: &Path) -> PathBuf {
@@ -38,31 +38,32 @@ fn start(python: &Python, milliseconds: u32, folder: &Path) -> Target {
 
 #[test]
 fn attaching_is_refused_in_time_and_works_later() {
-    for_each_python(of_this_machine, |python| {
+    for_each_kind(of_this_machine, |python, kind| {
         let folder = tempfile::tempdir().unwrap();
         let mut target = start(python, 3_000, folder.path());
         let before = Snapshot::take(target.pid());
         target.send("go");
         target.expect("asleep");
         let started = Instant::now();
-        let refusal = Recording::try_attach(target.pid(), &[]).err().expect("a thread does not stop");
+        let refusal =
+            Recording::try_attach(target.pid(), &kind.with(&[])).err().expect("a thread does not stop");
         assert!(refusal.contains("does not stop") && refusal.contains("hint"), "{refusal}");
         assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
         target.ping();
         target.send("wait");
         assert_eq!(target.expect("woken")["results"], json!([3]));
-        Recording::attach(&target, &[]).stop().assert_code(0);
+        Recording::attach(&target, &kind.with(&[])).stop().assert_code(0);
         assert_left_no_trace(&before, &mut target);
     });
 }
 
 #[test]
 fn leaving_takes_the_breakpoints_out_and_the_rest_later() {
-    for_each_python(of_this_machine, |python| {
+    for_each_kind(of_this_machine, |python, kind| {
         let folder = tempfile::tempdir().unwrap();
         let mut target = start(python, 5_000, folder.path());
         let before = Snapshot::take(target.pid());
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         target.send("go");
         target.expect("asleep");
         let started = Instant::now();

@@ -3,17 +3,17 @@
 mod common;
 
 use common::snapshot::assert_left_no_trace;
-use common::{Snapshot, Target, for_each_python, heaptap};
+use common::{Kind, Snapshot, Target, for_each_kind, heaptap};
 
 #[test]
 fn the_doctor_tells_of_every_interpreter_and_touches_none() {
-    for_each_python(
-        |_| true,
-        |python| {
+    for_each_kind(
+        |_, _| true,
+        |python, kind| {
             let mut target = Target::start(python, "libc_blocks.py");
             let before = Snapshot::take(target.pid());
             let output = heaptap()
-                .args(["doctor", "--pid", &target.pid().to_string()])
+                .args(["doctor", "--pid", &target.pid().to_string(), "--breakpoints", &kind.to_string()])
                 .output()
                 .expect("heaptap starts");
             assert_left_no_trace(&before, &mut target);
@@ -22,9 +22,10 @@ fn the_doctor_tells_of_every_interpreter_and_touches_none() {
             for word in [format!("CPython {}", python.version), python.libc.clone(), "self-test".into()] {
                 assert!(told.contains(&word), "{python}: {word:?} is not in:\n{told}");
             }
-            if python.records_promised() {
+            if python.records_promised(kind) {
                 assert_eq!(output.status.code(), Some(0), "{python}: {told}");
                 assert!(verdict.starts_with("can attach: heaptap attach --pid"), "{python}: {verdict}");
+                assert_eq!(verdict.contains("--breakpoints trap"), kind == Kind::Trap, "{python}: {verdict}");
                 assert!(told.contains("malloc 0x"), "{python}: no planned breakpoint in:\n{told}");
             } else {
                 assert_eq!(output.status.code(), Some(3), "{python}: {told}");
@@ -36,7 +37,8 @@ fn the_doctor_tells_of_every_interpreter_and_touches_none() {
 
 #[test]
 fn the_demo_finds_its_leak() {
-    let Some(python) = common::pythons().iter().find(|p| p.records_promised() && p.root.is_none()) else {
+    let Some(python) = common::pythons().iter().find(|p| p.records_promised(Kind::Jump) && p.root.is_none())
+    else {
         return common::missing("an interpreter of this machine to run the demo with");
     };
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,5 @@
-//! Memray as a second opinion: the same program, once under `memray run` and once attached to by heaptap.
+//! Memray as a second opinion: the same program, once under `memray run` and once attached to by heaptap with each kind
+//! of breakpoint: three recordings that tell the same.
 //!
 //! Compared is everything below the program's `performance` that both can see: records by allocator, function, file,
 //! line and size with their numbers and how many were freed, what was live at the peak, and what leaked.
@@ -17,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::dump::{Allocation, Dump, Frame};
-use common::{Python, Recording, Target, for_each_python};
+use common::{Kind, Python, Recording, Target, for_each_python};
 use serde::Deserialize;
 
 const PROGRAM: &str = "python_objects.py";
@@ -125,6 +126,17 @@ fn run_memray(python: &Python, venv: &Path, folder: &Path) -> PathBuf {
     capture
 }
 
+/// The program attached to by heaptap.
+fn recorded(python: &Python, kind: Kind) -> Dump {
+    let mut target = Target::start(python, PROGRAM);
+    let before = common::Snapshot::take(target.pid());
+    let recording = Recording::attach(&target, &kind.with(&[]));
+    target.go();
+    let dump = recording.stop().assert_code(0).dump();
+    common::snapshot::assert_left_no_trace(&before, &mut target);
+    dump
+}
+
 /// Both columns of every site that is not the same in both.
 fn differing<K: Ord + std::fmt::Debug, V: PartialEq + std::fmt::Debug>(
     ours: &BTreeMap<K, V>,
@@ -150,21 +162,19 @@ fn heaptap_and_memray_agree() {
         let expected = records(&memray);
         assert!(expected.len() > 100, "memray saw only {} sites", expected.len());
 
-        let mut target = Target::start(python, PROGRAM);
-        let before = common::Snapshot::take(target.pid());
-        let recording = Recording::attach(&target, &[]);
-        target.go();
-        let dump = recording.stop().assert_code(0).dump();
-        common::snapshot::assert_left_no_trace(&before, &mut target);
-        let found = differing(&records(&dump), &expected);
-        assert!(found.is_empty(), "records:\n  {}", found.join("\n  "));
-
-        let peak = summed(dump.high_water.iter().map(|&index| &dump.allocations[index]));
-        let found = differing(&peak, &memray_summed(&memray_says(&venv, &capture, Some("--high-water"))));
-        assert!(found.is_empty(), "live at the peak:\n  {}", found.join("\n  "));
-        let leaked = summed(dump.allocations.iter().filter(|allocation| allocation.live > 0));
-        let found = differing(&leaked, &memray_summed(&memray_says(&venv, &capture, Some("--leaks"))));
-        assert!(found.is_empty(), "leaks:\n  {}", found.join("\n  "));
+        let expected_peak = memray_summed(&memray_says(&venv, &capture, Some("--high-water")));
+        let expected_leaks = memray_summed(&memray_says(&venv, &capture, Some("--leaks")));
+        for kind in Kind::all() {
+            let dump = recorded(python, kind);
+            let found = differing(&records(&dump), &expected);
+            assert!(found.is_empty(), "{kind}: records:\n  {}", found.join("\n  "));
+            let peak = summed(dump.high_water.iter().map(|&index| &dump.allocations[index]));
+            let found = differing(&peak, &expected_peak);
+            assert!(found.is_empty(), "{kind}: live at the peak:\n  {}", found.join("\n  "));
+            let leaked = summed(dump.allocations.iter().filter(|allocation| allocation.live > 0));
+            let found = differing(&leaked, &expected_leaks);
+            assert!(found.is_empty(), "{kind}: leaks:\n  {}", found.join("\n  "));
+        }
     });
 }
 

@@ -6,6 +6,7 @@ mod common;
 use common::snapshot::assert_left_no_trace;
 use common::{Snapshot, Target};
 use heaptap::recorder::examine::Examined;
+use heaptap::recorder::plant::JumpOptions;
 use heaptap::recorder::record::{Observer, Progress, RecordOptions, record};
 
 struct Panics;
@@ -20,6 +21,13 @@ impl Observer for Panics {
 
 #[test]
 fn a_panic_while_recording_lets_the_target_go() {
+    // One after the other: the trap kind waits for every child of this process.
+    for jump in [Some(JumpOptions::every_event()), None] {
+        panics_with(jump);
+    }
+}
+
+fn panics_with(jump: Option<JumpOptions>) {
     let python = common::pythons().iter().find(|python| python.name.starts_with("pyenv-3.11"));
     let Some(python) = python else { return common::missing("pyenv's 3.11") };
     let mut target = Target::start(python, "verifying.py");
@@ -32,7 +40,7 @@ fn a_panic_while_recording_lets_the_target_go() {
         duration: None,
         python_allocators: false,
         unsafe_trap: false,
-        jump: None,
+        jump,
     };
     let summary = record(&options, &mut Panics).unwrap();
     assert!(summary.failed.unwrap().contains("an observer that has had enough"));

@@ -153,6 +153,30 @@ fn estimates_of_the_reports_agree_with_each_other() {
 }
 
 #[test]
+fn what_was_not_recorded_of_pythons_own_allocators_depends_on_the_build() {
+    let dir = tempfile::tempdir().unwrap();
+    let cases = [
+        ("default build", false, Some("only the arenas it maps")),
+        ("free-threaded build", false, Some("nor what it reserved before the attach")),
+        ("free-threaded build", true, None),
+    ];
+    for (n, (flavour, python_allocators, expected)) in cases.into_iter().enumerate() {
+        let path = dir.path().join(format!("{n}.heaptap"));
+        let mut facts = Header { python_allocators, ..header() };
+        facts.python.flavour = flavour.into();
+        let mut script = Script::create(&path, &facts);
+        script.allocate(AllocatorKind::ObjectMalloc, 1, 16, 48, StackId::EMPTY);
+        script.allocate(AllocatorKind::Mmap, 1, 1 << 32, 1 << 30, StackId::EMPTY);
+        script.finish();
+        let text = stdout(&["table", "--leaks"], &path);
+        let note = text.lines().find(|line| line.starts_with("note: "));
+        assert_eq!(note.is_some(), expected.is_some(), "{text}");
+        assert!(expected.is_none_or(|expected| note.unwrap().contains(expected)), "{text}");
+        assert!(text.contains("object_malloc") && text.contains("1.0 GiB"), "{text}");
+    }
+}
+
+#[test]
 fn the_reports_agree_with_each_other() {
     let (_dir, capture) = shop_dir();
     for view in [&["--leaks"][..], &["--temporary=3"], &[]] {

@@ -19,7 +19,7 @@ use proptest::prelude::*;
 use writer::{RingFile, head};
 
 /// Nobody: these histories define nothing.
-pub struct Nothing;
+struct Nothing;
 
 impl Definitions for Nothing {
     fn stack(&mut self, _: u64, _: impl ExactSizeIterator<Item = ToldFrame>, _: bool) {}
@@ -27,9 +27,9 @@ impl Definitions for Nothing {
 }
 
 /// The recording side.
-pub struct Recorder {
-    pub merger: Merger<Nothing>,
-    pub ledger: Ledger,
+struct Recorder {
+    merger: Merger<Nothing>,
+    ledger: Ledger,
     translator: Translator,
     told: u64,
     _folder: tempfile::TempDir,
@@ -38,7 +38,9 @@ pub struct Recorder {
 impl Recorder {
     fn new(file: &RingFile, numbered: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let capture = CaptureWriter::create(folder.path().join("c"), false, &Header::default()).unwrap();
+        let sampling_mean_bytes = (!numbered).then_some(4096);
+        let header = Header { sampling_mean_bytes, ..Header::default() };
+        let capture = CaptureWriter::create(folder.path().join("c"), false, &header).unwrap();
         let merger = Merger::new(file.rings(), Nothing, numbered);
         let ledger = Ledger::new(capture, 4096);
         Self { merger, ledger, translator: Translator::default(), told: 0, _folder: folder }
@@ -74,7 +76,10 @@ fn play(plan: Plan) {
             recorder.drain();
         }
     }
-    history.end();
+    while !history.end() {
+        recorder.merger.look(history.now());
+        recorder.drain();
+    }
     recorder.merger.look_last(history.now());
     recorder.drain();
 
@@ -100,10 +105,11 @@ proptest! {
         threads in 1_usize..6,
         steps in 100_usize..4000,
         look_every in 1_usize..400,
+        within_look in 1_u64..60,
         blocks in 2_u64..30,
         deaths in prop_oneof![Just(0_u64), 1_u64..4],
     ) {
-        play(Plan { seed, threads, steps, look_every, blocks, deaths });
+        play(Plan { seed, threads, steps, look_every, within_look, blocks, deaths });
     }
 }
 
@@ -252,7 +258,7 @@ fn samples_go_by_their_one_ring() {
 proptest! {
     #[test]
     fn any_bytes_are_survived(
-        words in proptest::collection::vec(prop_oneof![any::<u64>(), 0_u64..16, (0_u64..64).prop_map(|n| n << 8 | n % 12)], 1..400),
+        words in proptest::collection::vec(prop_oneof![any::<u64>(), 0_u64..16, (0_u64..64).prop_map(|n| (n << 8) | (n % 12))], 1..400),
         heads in proptest::collection::vec(any::<u16>(), 1..6),
     ) {
         let file = RingFile::new(3, 32 << 10);

@@ -220,6 +220,12 @@ def events(cells):
                 "added after detach"]
         text += [f"ns per pair of malloc(64) and free, called from C below a Python stack of that depth: median of bursts of "
                  f"{unit_costs.BURST:,}, with a rest of {unit_costs.REST / 1e6:.0f} ms after each.\n", table(head, rows)]
+        head = ["", *(unit_costs.OTHERS[pair] for pair in unit_costs.OTHERS)]
+        rows = [[variants.TITLES[variant]] + [cells.cell(f"pairs/{variant}", added(f"pair_{pair}"), "{:.1f}")
+                                              for pair in unit_costs.OTHERS] for variant in chosen]
+        rows.insert(0, ["bare"] + [cells.cell(f"pairs/{chosen[0]}", get(f"before_pair_{pair}", "wall_ns"), "{:.1f}")
+                                   for pair in unit_costs.OTHERS])
+        text += ["ns that other pairs take at depth 5, and what is added; of realloc two calls of one block.\n", table(head, rows)]
         text += two_threads(cells, chosen)
     if "paced/exact" in cells.results:
         head = ["", "events/s made", "records/s dropped", "frees or allocations found missing", "recorder's CPU, %",

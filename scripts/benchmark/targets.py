@@ -101,15 +101,13 @@ class Target:
             raise
 
     def core_wait_ns(self):
-        """How long its threads were ready and waited for a core."""
-        total = 0
-        for thread in os.listdir(f"/proc/{self.pid}/task"):
-            try:
-                with open(f"/proc/{self.pid}/task/{thread}/schedstat") as file:
-                    total += int(file.read().split()[1])
-            except OSError:
-                pass
-        return total
+        """How long its first thread was ready and waited for a core."""
+        try:
+            with open(f"/proc/{self.pid}/task/{self.pid}/schedstat") as file:
+                return int(file.read().split()[1])
+        except OSError:
+            self.check()
+            raise
 
     def resident(self):
         """Bytes of its resident set."""

@@ -8,12 +8,15 @@ from . import targets, variants
 from .targets import Failed, Target
 
 # Words of native/pairs.c and pauses.py.
-GENERATION, DEPTH, PAIRS, PAUSE, PERIOD, LANES, CORES, LANE_AT, LANE, KEPT = 16, 17, 18, 19, 20, 22, 23, 1024, 16384, 4096
+GENERATION, DEPTH, PAIRS, PAUSE, PERIOD, LANES, CORES, PAIR, LANE_AT, LANE, KEPT = 16, 17, 18, 19, 20, 22, 23, 25, 1024, 16384, 4096
 GAP_COUNT, GAPS, GAPS_KEPT = 8, 1024, 4096
 # A burst's records fit into a ring with room to spare, and the pause lets the recorder catch up: this is what an event costs
 # the thread, not what the recorder can take.
 BURST, REST = 5_000, 8_000_000
 DEPTHS = (5, 22, 102)
+# By their numbers in native/pairs.c. Fewer of the last: each is two system calls.
+OTHERS = {1: "calloc(1, 64) + free", 2: "realloc to 640 and to 64", 3: "malloc(640) + free", 4: "aligned_alloc(64, 640) + free",
+          5: "mmap(64 KiB) + munmap"}
 RATE = 2_000_000
 
 
@@ -33,10 +36,11 @@ class Bursts:
     def __init__(self, target):
         self.target = target
 
-    def set(self, depth=5, pairs=BURST, pause=REST, period=0, lanes=0):
+    def set(self, depth=5, pairs=BURST, pause=REST, period=0, lanes=0, pair=0):
         words = self.target.words
         words[DEPTH], words[PAIRS], words[PAUSE], words[PERIOD], words[LANES] = depth, pairs, pause, period, lanes
         there = sorted(os.sched_getaffinity(0))
+        words[PAIR] = pair
         words[CORES], words[CORES + 1] = there[0], there[-1]
         words[GENERATION] += 1
         self.target.sleep(0.1)
@@ -77,6 +81,9 @@ def pairs(variant, tools, library, seconds):
                 for depth in DEPTHS:
                     bursts.set(depth=depth)
                     result[f"{when}_{depth}"] = bursts.per_pair(seconds)
+                for pair in OTHERS:
+                    bursts.set(pair=pair, pairs=200 if pair == 5 else BURST)
+                    result[f"{when}_pair_{pair}"] = bursts.per_pair(seconds / 2)
                 if others:
                     for lanes in (1, 2):
                         bursts.set(lanes=lanes)

@@ -80,7 +80,7 @@ pub unsafe extern "C" fn enter(call: *mut Call) -> u64 {
         return 0;
     }
     let function = (*descriptor).function as u8;
-    let mapping = matches!(function, f::MMAP | f::MUNMAP | f::MREMAP);
+    let mapping = is_mapping(function);
     let rsp = call as u64;
     let slot = begin_call(state, rsp, mapping);
     if slot.is_null() {
@@ -179,8 +179,21 @@ unsafe fn nested(state: *mut State, slot: *mut Slot, call: *mut Call, function: 
     }
     if frees {
         free_sampled(state, slot, function, first);
-    } else if (*slot).until < 0 {
-        sample::draw(state, slot);
+    } else if !is_mapping(function) {
+        pass_over(state, slot, call, function);
+    }
+}
+
+/// Bytes that are counted elsewhere, or not at all. A point that falls on them is forgotten and the next drawn from their end on; the
+/// fast paths take them off `until` where none does. Anything else would leave a distance that is not exponential.
+unsafe fn pass_over(state: *mut State, slot: *mut Slot, call: *mut Call, function: u8) {
+    if let Some(size) = size(call, function)
+        && size < TOO_LARGE
+    {
+        (*slot).until -= size as i64;
+        if (*slot).until < 0 {
+            sample::draw(state, slot);
+        }
     }
 }
 
@@ -198,6 +211,10 @@ unsafe fn is_internal(state: *mut State, caller: u64) -> bool {
         i += 1;
     }
     false
+}
+
+fn is_mapping(function: u8) -> bool {
+    matches!(function, f::MMAP | f::MUNMAP | f::MREMAP)
 }
 
 fn is_python(function: u8) -> bool {
@@ -324,7 +341,10 @@ unsafe fn enter_sampled(state: *mut State, slot: *mut Slot, call: *mut Call, fun
     }
     // Only libc's malloc, and a small one of the object and mem domains, calls no other hooked function.
     let alone = function == f::MALLOC
-        || (function >= f::PYTHON + 4 && member(function) == 0 && argument(call, function, 0) <= 448);
+        || ((*state).flags & may::PASS_ON_TABLES != 0
+            && function >= f::PYTHON + 4
+            && member(function) == 0
+            && argument(call, function, 0) <= 448);
     sampled || !alone
 }
 

@@ -6,8 +6,11 @@ use super::view::to_stdout;
 use crate::error::Error;
 use crate::inferior::memory::ProcessMemory;
 use crate::inferior::{facts, maps};
+use crate::probe::detour::Detour;
 use crate::probe::error::ProbeError;
+use crate::probe::hooks::wanted;
 use crate::probe::install::check_entries;
+use crate::probe::plan::EntryPoint;
 use crate::recorder::RecordError;
 use crate::recorder::examine::{Examined, Kind as ProbeKind, examine};
 use crate::recorder::header::{command_line, executable};
@@ -74,7 +77,7 @@ fn look(args: &DoctorArgs, page: &mut Page) -> Result<(), Error> {
     let examined =
         examine(args.pid, args.breakpoints.into(), args.python_allocators).map_err(Error::Record)?;
     about_python(page, &examined);
-    about_allocators(page, &examined);
+    about_allocators(page, &examined, args.breakpoints.into());
     about_self_test(page, &examined)?;
     Ok(check(&examined, args.breakpoints.into())?)
 }
@@ -153,7 +156,7 @@ fn about_python(page: &mut Page, examined: &Examined) {
     page.line("layout", &python.layout_source);
 }
 
-fn about_allocators(page: &mut Page, examined: &Examined) {
+fn about_allocators(page: &mut Page, examined: &Examined, kind: ProbeKind) {
     page.line("libc", examined.libc_name());
     page.line("malloc is in", printable(&examined.allocator_library()));
     if !examined.stale.is_empty() {
@@ -165,16 +168,27 @@ fn about_allocators(page: &mut Page, examined: &Examined) {
     let mut by_module: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for entry in &examined.plan.entries {
         let names = entry.names.join("=");
-        by_module.entry(&entry.module).or_default().push(format!("{names} {}", entry.address));
+        let place = if kind == ProbeKind::Jump { jump_place(entry) } else { String::new() };
+        by_module.entry(&entry.module).or_default().push(format!("{names} {}{place}", entry.address));
     }
+    let title = if kind == ProbeKind::Jump { "jumps" } else { "trap breakpoints" };
     for (module, entries) in by_module {
-        page.line("trap breakpoints", printable(module));
+        page.line(title, printable(module));
         for entry in entries {
             page.line("", entry);
         }
     }
     for word in &examined.plan.words {
         page.line("allocator table", format!("{} {} -> {}", word.function().name(), word.word, word.value));
+    }
+}
+
+/// Where in a function its jump goes, or why none does.
+fn jump_place(entry: &EntryPoint) -> String {
+    match Detour::plan(entry) {
+        Ok(Detour { kept_len: 0, .. }) => ", at its entry".into(),
+        Ok(Detour { kept_len, .. }) => format!(", {kept_len} bytes behind its entry"),
+        Err(error) => format!(", none: {error}"),
     }
 }
 
@@ -204,6 +218,9 @@ fn check(examined: &Examined, kind: ProbeKind) -> Result<(), RecordError> {
     examined.check_recordable(kind, false)?;
     if let Some(alive) = examined.stale.iter().find(|s| s.controller_lives()) {
         return Err(ProbeError::ControllerAlive { pid: examined.pid, controller: alive.controller.0 }.into());
+    }
+    if kind == ProbeKind::Jump {
+        wanted(&examined.plan, examined.code_dealloc)?;
     }
     if examined.stale.is_empty() {
         check_entries(&ProcessMemory::new(examined.pid), &examined.plan)?;

@@ -5,6 +5,7 @@
 //! three steps of every stack.
 
 pub mod allocators;
+pub mod arenas;
 pub mod binary;
 pub mod code;
 pub mod code_dealloc;
@@ -23,6 +24,7 @@ pub mod threads;
 pub mod version;
 
 pub use allocators::{AllocatorTable, AllocatorsError, Domain};
+pub use arenas::{ArenaAllocator, NoArenaAllocator};
 pub use binary::{Binary, Span};
 pub use code::{CodeTable, Location};
 pub use code_dealloc::CodeDeallocError;
@@ -140,6 +142,15 @@ impl Python {
         binaries: &[&dyn Binary],
     ) -> Result<[AllocatorTable; 3], AllocatorsError> {
         allocators::find(memory, binaries, self)
+    }
+
+    /// Where pymalloc's arenas come from. `binaries` as for [`Python::locate`].
+    pub fn arena_allocator(
+        &self,
+        memory: &dyn RemoteMemory,
+        binaries: &[&dyn Binary],
+    ) -> Result<ArenaAllocator, NoArenaAllocator> {
+        arenas::find(memory, binaries, self)
     }
 
     /// The word that points to the function which frees code objects, and what it holds. `binaries` as for [`Python::locate`].

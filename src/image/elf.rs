@@ -245,7 +245,12 @@ impl ElfFile {
 
     /// The dynamic section: address and bytes.
     pub fn dynamic(&self) -> Option<(ImageAddr, u64)> {
-        self.header_of(program_header::PT_DYNAMIC).map(|p| (ImageAddr(p.p_vaddr), p.p_memsz))
+        self.part(program_header::PT_DYNAMIC)
+    }
+
+    /// The part that the program header of this kind names: address and bytes.
+    pub fn part(&self, kind: u32) -> Option<(ImageAddr, u64)> {
+        self.header_of(kind).map(|p| (ImageAddr(p.p_vaddr), p.p_memsz))
     }
 
     /// The thread-local template: address, bytes in memory, alignment.

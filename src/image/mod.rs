@@ -4,6 +4,7 @@
 //! defines `malloc`" is the one the process calls. Knows files and mappings; knows nothing of ptrace or Python.
 
 pub mod elf;
+pub mod function_starts;
 pub mod libc;
 mod link_map;
 
@@ -98,6 +99,12 @@ impl Module {
     /// A symbol that other modules can bind to (defined in `.dynsym`).
     pub fn exported_symbol(&self, name: &str) -> Option<Symbol> {
         self.file.exported_symbols().get(name).copied()
+    }
+
+    /// Where its functions begin, ascending, as far as the unwinder's table says.
+    pub fn function_starts(&self) -> Vec<RemoteAddr> {
+        let starts = function_starts::function_starts(&self.file);
+        starts.into_iter().map(|start| self.bias.to_remote(start)).collect()
     }
 
     /// Where the next function behind `addr` begins that has a symbol, exported or local.

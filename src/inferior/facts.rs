@@ -116,6 +116,15 @@ pub fn check_permitted(pid: i32) -> Result<(), AttachError> {
     }
 }
 
+/// Whether a process has memory: one that is ending has none for a while before it has ended.
+pub fn has_memory(pid: i32) -> bool {
+    match std::fs::read(format!("/proc/{}/maps", maps::memory_holder(pid))) {
+        Ok(maps) => !maps.is_empty(),
+        // What it executes now is not to be looked at by us.
+        Err(error) => error.kind() == std::io::ErrorKind::PermissionDenied,
+    }
+}
+
 /// A value of the auxiliary vector of `pid` (getauxval(3)).
 pub fn auxiliary(pid: i32, key: u64) -> Option<u64> {
     let bytes = std::fs::read(format!("/proc/{}/auxv", super::maps::memory_holder(pid))).ok()?;

@@ -12,6 +12,7 @@
 mod children;
 pub mod error;
 pub mod facts;
+pub mod handle;
 pub mod maps;
 pub mod memory;
 pub mod recovery;

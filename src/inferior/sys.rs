@@ -1,4 +1,4 @@
-//! Every ptrace(2), wait4(2), kcmp(2) and signal-handler call of the controller, and the only place that
+//! Every ptrace(2), wait4(2), kcmp(2), pidfd and signal-handler call of the controller, and the only place that
 //! reads their errno. nix is not used for `waitpid` here: its decoder rejects stops by real-time signals.
 //!
 //! Knows the kernel's calling conventions; knows nothing of what the stops mean.
@@ -7,6 +7,7 @@
 use super::stop::{StopEvent, decode};
 use nix::errno::Errno;
 use std::ffi::{c_int, c_long, c_void};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
@@ -260,6 +261,32 @@ pub fn share_memory(a: i32, b: i32) -> Option<bool> {
         1..=3 => Some(false),
         _ => None,
     }
+}
+
+/// pidfd_open(2) of a process.
+pub fn open_pidfd(pid: i32) -> Result<OwnedFd, Errno> {
+    // SAFETY: pidfd_open takes integers alone.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: the kernel made it just now for nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Whether every thread of a pidfd's process has exited.
+pub fn has_exited(pidfd: &OwnedFd) -> bool {
+    let mut poll = libc::pollfd { fd: pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd, which poll writes to.
+    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
+}
+
+/// The wait status of a pidfd's process that somebody has waited for: PIDFD_GET_INFO of `<linux/pidfd.h>`, Linux 6.15.
+pub fn exit_status(pidfd: &OwnedFd) -> Option<i32> {
+    // SAFETY: a plain structure of integers.
+    let mut info: libc::pidfd_info = unsafe { std::mem::zeroed() };
+    info.mask = u64::from(libc::PIDFD_INFO_EXIT);
+    // SAFETY: the request's number has the structure's size in it: the kernel writes no more.
+    let answer = unsafe { libc::ioctl(pidfd.as_raw_fd(), libc::PIDFD_GET_INFO, &raw mut info) };
+    let told = answer == 0 && info.mask & u64::from(libc::PIDFD_INFO_EXIT) != 0;
+    told.then_some(info.exit_code)
 }
 
 static STOP_SIGNAL: AtomicI32 = AtomicI32::new(0);

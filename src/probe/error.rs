@@ -53,6 +53,14 @@ pub enum ProbeError {
         /// What is in the way.
         obstacle: super::detour::Obstacle,
     },
+    /// The calls that an allocator makes for itself can't be told from the application's.
+    #[error("what {module} maps for its own use can't be told from what the application maps: {source}")]
+    Callers {
+        /// The allocator's file.
+        module: String,
+        /// Why.
+        source: super::internal_callers::CallersError,
+    },
     /// There is no room for the thunks near a module.
     #[error("no free address range within 2 GiB of {addr} for the thunks of {module}")]
     NoRoom {

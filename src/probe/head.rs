@@ -59,8 +59,8 @@ pub fn target(instruction: &Instruction) -> Option<RemoteAddr> {
     direct.then(|| RemoteAddr(instruction.near_branch_target()))
 }
 
-/// Fewer bytes where the file's segment ends before.
-fn read_up_to(read: Read<'_>, at: RemoteAddr, len: usize) -> Vec<u8> {
+/// `len` bytes; fewer where the file's segment ends before.
+pub(super) fn read_up_to(read: Read<'_>, at: RemoteAddr, len: usize) -> Vec<u8> {
     if let Some(bytes) = read(at, len) {
         return bytes;
     }

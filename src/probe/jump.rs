@@ -107,7 +107,7 @@ pub fn plant(inferior: &mut Inferior, loaded: &Loaded) -> Result<(), ProbeError>
 fn check_unchanged(inferior: &Inferior, loaded: &Loaded) -> Result<(), ProbeError> {
     for hook in &loaded.hooks {
         let (at, expected) = match &hook.hooked {
-            Hooked::Body(detour) => (detour.entry.address, detour.entry.file_bytes.clone()),
+            Hooked::Body(detour) => (detour.entry.address, detour.file_bytes().to_vec()),
             Hooked::Word { word, value } => (*word, value.0.to_le_bytes().to_vec()),
         };
         let found = inferior.memory().read_vec(at, expected.len())?;

@@ -65,6 +65,8 @@ pub struct Settings {
     pub internal_callers: Vec<[u64; 2]>,
     /// The agent may make system calls.
     pub may_call: bool,
+    /// See [`may::PASS_ON_TABLES`].
+    pub pass_on_tables: bool,
     /// Ticks of the time stamp counter in a second.
     pub ticks_per_second: u64,
 }
@@ -166,7 +168,7 @@ impl Loader<'_> {
         let state = (self.map_state()?, size_of::<State>() as u64);
         for hook in wanted {
             let index = modules.iter().position(|(module, _)| *module == hook.module).unwrap_or(0);
-            let entry = image.entry(agent, entry_of(hook.function, settings.exact))?;
+            let entry = image.entry(agent, entry_of(hook.function, settings))?;
             regions[index].add(hook.hooked.clone(), hook.function, entry, state.0)?;
         }
         let len = abi::ring_memory_len(settings.ring_count as usize, settings.ring_len as usize) as u64;
@@ -333,7 +335,8 @@ fn modules(wanted: &[Wanted]) -> Vec<(String, RemoteAddr)> {
 }
 
 /// The agent's entry for a function.
-fn entry_of(which: u8, exact: bool) -> Entry {
+fn entry_of(which: u8, settings: &Settings) -> Entry {
+    let exact = settings.exact;
     let python = |n: u8| which.checked_sub(function::PYTHON).filter(|i| *i < 12 && i & 3 == n);
     match which {
         function::CODE_DEALLOC => Entry::CodeDealloc,
@@ -343,7 +346,7 @@ fn entry_of(which: u8, exact: bool) -> Entry {
         function::MALLOC => Entry::MallocSampled,
         function::FREE => Entry::FreeSampled,
         // The raw domain leads to libc's malloc, which is hooked too.
-        _ if python(0).is_some_and(|i| i >= 4) => Entry::TableMallocSampled,
+        _ if settings.pass_on_tables && python(0).is_some_and(|i| i >= 4) => Entry::TableMallocSampled,
         _ if python(3).is_some() => Entry::TableFreeSampled,
         _ => Entry::Any,
     }
@@ -360,6 +363,9 @@ fn state_bytes(settings: &Settings, rings: RemoteAddr, pid: i32) -> Vec<u8> {
     let mut flags = 0;
     if settings.may_call {
         flags |= may::MAKE_CALLS;
+    }
+    if settings.pass_on_tables {
+        flags |= may::PASS_ON_TABLES;
     }
     if facts::auxiliary(pid, AT_HWCAP2).is_some_and(|v| v & HWCAP2_FSGSBASE != 0) {
         flags |= may::READ_FS_BASE;

@@ -19,6 +19,7 @@ mod handler;
 pub mod head;
 pub mod hooks;
 pub mod install;
+pub mod internal_callers;
 pub mod jump;
 pub mod lift;
 pub mod load;

@@ -15,6 +15,7 @@ use crate::agent_abi::{STATE_MAGIC, State};
 use crate::capture::{CaptureWriter, DropReason, StackId};
 use crate::cpython::Python;
 use crate::inferior::error::{AttachError, TraceError};
+use crate::inferior::handle::Handle;
 use crate::inferior::memory::ProcessMemory;
 use crate::inferior::{Inferior, facts, maps};
 use crate::memory::RemoteMemory;
@@ -49,6 +50,8 @@ pub struct AgentSource {
     memory: ProcessMemory,
     /// The memory of the program that was attached to: not that of one it executes later.
     mem_file: std::fs::File,
+    /// Tells when it has ended, and how.
+    handle: Handle,
     /// Its system calls are filtered.
     seccomp: bool,
     /// The event that [`RecordSource::next`] gave last, if it was a call.
@@ -75,7 +78,7 @@ enum Condition {
 
 impl AgentSource {
     /// Takes over a process in which the agent is planted.
-    pub fn new(planted: Planted, python: Python, seccomp: bool) -> Result<Self, RecordError> {
+    pub fn new(planted: Planted, handle: Handle, python: Python, seccomp: bool) -> Result<Self, RecordError> {
         let Planted { loaded, rings, heart, settings, .. } = planted;
         let pid = loaded.pid;
         let told = Told::new(python.layout.meaning.line_table);
@@ -90,6 +93,7 @@ impl AgentSource {
             python,
             memory: ProcessMemory::new(pid),
             mem_file,
+            handle,
             seccomp,
             current: None,
             idle: 0,
@@ -131,8 +135,8 @@ impl AgentSource {
         Ok(SourceEvent::Idle)
     }
 
-    /// A word of the agent's state.
-    fn word(&self, at: usize) -> Option<u64> {
+    /// A word of the agent's state; `None` once the program that was attached to has no memory any more.
+    fn read_state(&self, at: usize) -> Option<u64> {
         let mut bytes = [0; 8];
         let read = self.mem_file.read_exact_at(&mut bytes, self.loaded.parts.state.0.0 + at as u64);
         read.ok().map(|()| u64::from_le_bytes(bytes))
@@ -141,7 +145,7 @@ impl AgentSource {
     /// Calls of signal handlers inside the agent, and of threads that it could not tell.
     fn count_passed(&mut self) {
         let counted = [offset_of!(State, in_agent), offset_of!(State, without_slot)];
-        let passed = counted.into_iter().filter_map(|at| self.word(at)).fold(0, u64::saturating_add);
+        let passed = counted.into_iter().filter_map(|at| self.read_state(at)).fold(0, u64::saturating_add);
         self.passed = self.passed.max(passed);
     }
 
@@ -149,11 +153,16 @@ impl AgentSource {
     fn lift(&self) -> Result<LeftBehind, RecordError> {
         let start = Instant::now();
         loop {
-            let error = match Inferior::seize(self.loaded.pid) {
-                Ok(inferior) => return Ok(jump::lift(inferior, &self.loaded, self.seccomp)?),
-                Err(AttachError::NoProcess { .. } | AttachError::Zombie { .. }) => {
+            let seized = Inferior::seize(self.loaded.pid);
+            let is_gone = self.read_state(offset_of!(State, magic)).is_none();
+            let error = match seized {
+                // Another program by now, or none: nothing of ours is in it.
+                Ok(inferior) if is_gone => {
+                    inferior.detach()?;
                     return Ok(LeftBehind::default());
                 }
+                Err(_) if is_gone => return Ok(LeftBehind::default()),
+                Ok(inferior) => return Ok(jump::lift(inferior, &self.loaded, self.seccomp)?),
                 Err(error @ AttachError::AlreadyTraced { .. }) => error,
                 Err(error) => return Err(error.into()),
             };
@@ -167,17 +176,18 @@ impl AgentSource {
     }
 
     fn condition(&self) -> Condition {
-        if self.word(offset_of!(State, magic)) == Some(STATE_MAGIC) {
-            return match self.word(offset_of!(State, enabled)) {
+        if self.read_state(offset_of!(State, magic)) == Some(STATE_MAGIC) {
+            return match self.read_state(offset_of!(State, enabled)) {
                 Some(enabled) if enabled as u32 == 0 => Condition::SwitchedOff,
                 _ => Condition::Recording,
             };
         }
-        let pid = self.loaded.pid;
-        let lives = facts::threads(pid).is_ok_and(|threads| {
-            threads.iter().any(|tid| !matches!(facts::state(pid, *tid), None | Some('Z' | 'X')))
-        });
-        Condition::Gone(if lives { SourceEvent::Executed } else { SourceEvent::Ended(None) })
+        // A process that ends has no memory any more a while before it has ended.
+        match self.handle.end() {
+            Some(how) => Condition::Gone(SourceEvent::Ended(how)),
+            None if facts::has_memory(self.loaded.pid) => Condition::Gone(SourceEvent::Executed),
+            None => Condition::Recording,
+        }
     }
 
     /// Everything that is left in the rings.

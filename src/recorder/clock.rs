@@ -31,7 +31,7 @@ impl Clock {
     /// Nanoseconds since the start of what the counter showed as `stamp`. Does not go back.
     pub fn ns(&mut self, stamp: u64) -> u64 {
         let ticked = stamp.saturating_sub(self.start_ticks);
-        let ns = (u128::from(ticked) * u128::from(self.rate) >> 32) as u64;
+        let ns = ((u128::from(ticked) * u128::from(self.rate)) >> 32) as u64;
         self.last = self.last.max(ns);
         self.last
     }

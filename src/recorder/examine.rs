@@ -3,8 +3,8 @@
 
 use super::RecordError;
 use crate::addr::RemoteAddr;
-use crate::cpython::allocators;
-use crate::cpython::{Flavour, Python};
+use crate::cpython::allocators::{self, AllocatorTable};
+use crate::cpython::{Binary, Flavour, Python};
 use crate::image::libc::{Libc, LibcKind, libc_of};
 use crate::image::{Module, modules};
 use crate::inferior::memory::ProcessMemory;
@@ -40,8 +40,9 @@ pub struct Examined {
     pub stopped: bool,
     /// The word that holds `PyCode_Type.tp_dealloc`, and what it holds when nothing of ours is in it.
     pub code_dealloc: (RemoteAddr, RemoteAddr),
-    /// Return addresses of an allocator's own calls to the mmap family: first and last of each range.
-    pub internal_callers: Vec<[u64; 2]>,
+    /// Small blocks of CPython's domains come from pymalloc or mimalloc at once; nobody stands between (tracemalloc, the debug
+    /// allocators) or instead of them (`PYTHONMALLOC=malloc`).
+    pub pass_on_tables: bool,
 }
 
 /// The kind of breakpoint that a process is examined for.
@@ -94,7 +95,9 @@ pub fn examine(pid: i32, kind: Kind, python_allocators: bool) -> Result<Examined
     let libc = libc_of(&modules);
     let stale = stale::find(&memory, &maps);
     let tables = python_allocators || (kind == Kind::Jump && python.flavour == Flavour::FreeThreaded);
-    let words = if tables { table_words(&python, &memory, &modules, &stale)? } else { Vec::new() };
+    let tables = if tables { Some(allocators::find(&memory, &binaries(&modules), &python)?) } else { None };
+    let words = tables.as_ref().map(|t| table_words(t, &stale)).unwrap_or_default();
+    let pass_on_tables = tables.as_ref().is_some_and(|t| are_alone(t, &python, &modules));
     let libc_index = libc.as_ref().map(|l| l.module);
     let definitions: Vec<_> = modules
         .iter()
@@ -111,7 +114,6 @@ pub fn examine(pid: i32, kind: Kind, python_allocators: bool) -> Result<Examined
     let sigtrap = if stale.iter().any(Stale::has_handler) { None } else { sigtrap_use(pid)? };
     let stopped = facts::state(pid, pid) == Some('T');
     let code_dealloc = code_dealloc(&python, &memory, &modules, &stale)?;
-    let internal_callers = Vec::new();
     Ok(Examined {
         pid,
         maps,
@@ -124,7 +126,7 @@ pub fn examine(pid: i32, kind: Kind, python_allocators: bool) -> Result<Examined
         seccomp,
         stopped,
         code_dealloc,
-        internal_callers,
+        pass_on_tables,
     })
 }
 
@@ -140,24 +142,28 @@ fn code_dealloc(
     Ok((word, before.unwrap_or(value)))
 }
 
-fn table_words(
-    python: &Python,
-    memory: &ProcessMemory,
-    modules: &[Module],
-    stale: &[Stale],
-) -> Result<Vec<TableWord>, RecordError> {
-    let tables = allocators::find(memory, &binaries(modules), python)?;
+/// See [`Examined::pass_on_tables`]. Whoever wraps the allocators is not CPython, or keeps what he wrapped behind a context.
+fn are_alone(tables: &[AllocatorTable; 3], python: &Python, modules: &[Module]) -> bool {
+    let home = modules.iter().find(|m| Binary::path(*m) == python.binary);
+    let [raw, mem, object] = tables;
+    [mem, object].iter().all(|table| {
+        let own = home.is_some_and(|module| module.contains(table.malloc));
+        own && table.ctx.is_null() && table.malloc != raw.malloc
+    })
+}
+
+fn table_words(tables: &[AllocatorTable; 3], stale: &[Stale]) -> Vec<TableWord> {
     let mut words: Vec<TableWord> = tables.iter().flat_map(words_of).collect();
     // What a killed heaptap left is taken back before anything is planted.
     for word in &mut words {
         let before = stale.iter().find_map(|s| s.word_before(word.word, word.value));
         word.value = before.unwrap_or(word.value);
     }
-    Ok(words)
+    words
 }
 
 /// The four functions of a table; its first word is their context.
-fn words_of(table: &allocators::AllocatorTable) -> [TableWord; 4] {
+fn words_of(table: &AllocatorTable) -> [TableWord; 4] {
     let domain = match table.domain {
         allocators::Domain::Raw => Domain::Raw,
         allocators::Domain::Mem => Domain::Mem,

@@ -8,16 +8,19 @@
 use super::RecordError;
 use super::examine::Examined;
 use super::record::RecordOptions;
+use crate::addr::RemoteAddr;
 use crate::cpython::Python;
 use crate::inferior::memory::ProcessMemory;
 use crate::inferior::{Inferior, maps};
 use crate::probe::agent_facts::python_facts;
 use crate::probe::error::ProbeError;
 use crate::probe::hooks::wanted;
+use crate::probe::internal_callers::of_process;
 use crate::probe::jump;
 use crate::probe::load::{self, Loaded, Settings};
 use crate::probe::ring::{Heart, Rings, ticks};
 use crate::probe::{install, stale};
+use crate::python_binary::binaries;
 use std::time::{Duration, Instant};
 
 /// How often the layout is tried on the running process before the world is stopped for it.
@@ -192,10 +195,28 @@ fn settings(jump: &JumpOptions, examined: &Examined) -> Result<Settings, RecordE
         ring_len: if jump.exact { EXACT_RING } else { SAMPLED_RING },
         python: python_facts(&examined.python),
         tid_offset: examined.python.pthread.tid,
-        internal_callers: examined.internal_callers.clone(),
+        internal_callers: internal_callers(examined, jump.exact)?,
         may_call: !examined.seccomp,
+        pass_on_tables: examined.pass_on_tables,
         ticks_per_second: ticks_per_second(),
     })
+}
+
+/// Calls to the mmap family that are an allocator's own. CPython's allocators are seen on the stack when every event is recorded, and
+/// what else takes memory of the same functions (frame stacks) is then told from them.
+fn internal_callers(examined: &Examined, exact: bool) -> Result<Vec<[u64; 2]>, RecordError> {
+    let memory = ProcessMemory::new(examined.pid);
+    let Examined { modules, python, plan, .. } = examined;
+    let mut of_python: Vec<RemoteAddr> = Vec::new();
+    if !exact && !plan.words.is_empty() {
+        of_python.extend(plan.words.iter().map(|word| word.value));
+        match python.arena_allocator(&memory, &binaries(modules)) {
+            Ok(arenas) => of_python.extend([arenas.alloc, arenas.free]),
+            // The application's own: what they map is as much the application's as anything.
+            Err(error) => tracing::debug!("{error}"),
+        }
+    }
+    Ok(of_process(&memory, modules, plan, &of_python)?.ranges)
 }
 
 /// The time stamp counter's frequency, measured over a few milliseconds: good enough for patience.

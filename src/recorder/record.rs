@@ -15,6 +15,7 @@ use super::trap::{StackReader, TrapSource};
 use crate::capture::{CaptureWriter, Counters, EndReason, Header, Trailer};
 use crate::cpython::Python;
 use crate::inferior::error::TraceError;
+use crate::inferior::handle::Handle;
 use crate::inferior::stop::StopEvent;
 use crate::inferior::{Inferior, maps, sys};
 use crate::probe::calls::Observation;
@@ -106,28 +107,17 @@ pub fn record(options: &RecordOptions, observer: &mut dyn Observer) -> Result<Su
     examined.check_recordable(kind, options.unsafe_trap)?;
     sys::install_stop_signals(TICK).map_err(TraceError::Wait)?;
     let mut output = Output::prepare(options, header(&examined, options.jump.as_ref()))?;
-    let attached = match &options.jump {
-        Some(jump) => attach_jumps(options, jump, &examined, &mut output).map(Attached::Jumps),
-        None => attach(options, &examined, &mut output).map(Attached::Traps),
+    // The session is made where the attach succeeded: neither kind's source is small.
+    let ended = match &options.jump {
+        Some(jump) => attach_jumps(options, jump, &examined, &mut output)
+            .map(|(source, writer)| Session::new(source, writer, options, &examined).run(observer)),
+        None => attach(options, &examined, &mut output)
+            .map(|(source, writer)| Session::new(source, writer, options, &examined).run(observer)),
     };
-    match attached {
-        Ok(Attached::Traps((source, writer))) => {
-            Session::new(source, writer, options, &examined).run(observer)
-        }
-        Ok(Attached::Jumps((source, writer))) => {
-            Session::new(source, writer, options, &examined).run(observer)
-        }
-        Err(error) => {
-            output.discard();
-            Err(error)
-        }
-    }
-}
-
-/// A source of either kind, and where it is to be recorded.
-enum Attached {
-    Traps((TrapSource, CaptureWriter)),
-    Jumps((AgentSource, CaptureWriter)),
+    ended.unwrap_or_else(|error| {
+        output.discard();
+        Err(error)
+    })
 }
 
 /// Plants the agent. On failure the target runs on as it was.
@@ -140,9 +130,10 @@ fn attach_jumps(
     if let Some(alive) = examined.stale.iter().find(|s| s.controller_lives()) {
         return Err(ProbeError::ControllerAlive { pid: options.pid, controller: alive.controller.0 }.into());
     }
+    let handle = Handle::open(options.pid);
     let planted = plant::plant(options, jump, examined, &mut || output.take())?;
     let (planted, writer) = planted;
-    Ok((AgentSource::new(planted, examined.python.clone(), examined.seccomp)?, writer))
+    Ok((AgentSource::new(planted, handle, examined.python.clone(), examined.seccomp)?, writer))
 }
 
 /// The capture file, made before the target is stopped where that can't lose anything.

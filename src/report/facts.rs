@@ -175,11 +175,13 @@ pub(super) fn write_view(findings: &Findings, out: &mut dyn Write) -> io::Result
     let amount = Figures::of(findings).amount(&total(findings), "allocation");
     writeln!(out, "{}: {amount}", view_text(findings))?;
     if findings.view == View::Leaks && !findings.header.python_allocators {
-        writeln!(
-            out,
-            "note: CPython's small-object allocator was not recorded, only the arenas it maps; \
-             `attach --python-allocators` does"
-        )?;
+        // mimalloc, which free-threaded builds have in pymalloc's place, maps one arena of 1 GiB as it starts.
+        let what = if findings.header.python.flavour.contains("free-threaded") {
+            "CPython's object allocator was not recorded, nor what it reserved before the attach"
+        } else {
+            "CPython's small-object allocator was not recorded, only the arenas it maps"
+        };
+        writeln!(out, "note: {what}; `attach --python-allocators` does")?;
     }
     writeln!(out)
 }

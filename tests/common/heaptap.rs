@@ -55,7 +55,8 @@ pub struct Capture {
 }
 
 impl Recording {
-    /// Attaches by pid and returns once the breakpoints are in.
+    /// Attaches by pid and returns once the breakpoints are in. Where the arguments say neither a kind of breakpoint nor how
+    /// to sample: by jumps, and every event.
     pub fn attach(target: &Target, arguments: &[&str]) -> Recording {
         Recording::try_attach(target.pid(), arguments).unwrap_or_else(|refusal| panic!("attach: {refusal}"))
     }
@@ -100,8 +101,12 @@ impl Recording {
         folder: tempfile::TempDir,
         arguments: &[&str],
     ) -> Result<Recording, String> {
-        command.args(["attach", "--pid", &pid.to_string(), "-o"]).arg(&path);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.args(["attach", "--pid", &pid.to_string(), "-o"]).arg(&path).args(arguments);
+        // A capture that is held against the truth has every event.
+        if !arguments.iter().any(|a| ["--exact", "--sample", "--breakpoints"].contains(a)) {
+            command.arg("--exact");
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("heaptap starts");
         // The line may come on either; both are read to their end so that the recorder never blocks on them.
         let stderr = child.stderr.take().expect("stderr was piped");

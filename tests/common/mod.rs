@@ -7,12 +7,15 @@
 
 pub mod dump;
 pub mod heaptap;
+pub mod kind;
+pub mod pointers;
 pub mod pythons;
 pub mod snapshot;
 pub mod target;
 pub mod truth;
 
 pub use heaptap::{Recording, heaptap};
+pub use kind::{Kind, for_each_kind};
 pub use pythons::{Flavour, Python, for_each_python, pythons};
 pub use snapshot::Snapshot;
 pub use target::Target;

@@ -14,6 +14,8 @@ use std::sync::{Mutex, OnceLock};
 
 use serde::Deserialize;
 
+use super::Kind;
+
 /// How an interpreter was configured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -94,9 +96,12 @@ impl Python {
         self.version.split('.').nth(1).and_then(|minor| minor.parse().ok()).expect("a version is 3.N.M")
     }
 
-    /// True for the builds that allocation records are promised for.
-    pub fn records_promised(&self) -> bool {
-        self.flavour != Flavour::FreeThreaded && self.libc == "glibc"
+    /// True for the builds that allocation records by this kind of breakpoint are promised for.
+    pub fn records_promised(&self, kind: Kind) -> bool {
+        match kind {
+            Kind::Trap => self.flavour != Flavour::FreeThreaded && self.libc == "glibc",
+            Kind::Jump => true,
+        }
     }
 
     /// A command that becomes this interpreter, without the caller's Python settings.
@@ -226,25 +231,29 @@ fn add_fetched(found: &mut Vec<Python>) {
 ///
 /// `HEAPTAP_TEST_JOBS` (default 2) interpreters are tested at a time.
 pub fn for_each_python(filter: impl Fn(&Python) -> bool, body: impl Fn(&Python) + Sync) {
-    let chosen: Vec<&Python> = pythons().iter().filter(|python| filter(python)).collect();
+    for_each(pythons().iter().filter(|python| filter(python)).collect(), |python| body(python));
+}
+
+/// Runs `body` on every one, as [`for_each_python`] does.
+pub fn for_each<T: fmt::Display + Sync>(chosen: Vec<T>, body: impl Fn(&T) + Sync) {
     let jobs = env::var("HEAPTAP_TEST_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(2);
     let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
         for _ in 0..jobs {
             scope.spawn(|| {
-                while let Some(python) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| body(python))) {
+                while let Some(one) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| body(one))) {
                         failed
                             .lock()
                             .expect("no panic while held")
-                            .push(format!("== {python}\n{}", message(&*panic)));
+                            .push(format!("== {one}\n{}", message(&*panic)));
                     }
                 }
             });
         }
     });
     let failed = failed.into_inner().expect("no panic while held");
-    assert!(failed.is_empty(), "failed on {} interpreters:\n{}", failed.len(), failed.join("\n\n"));
+    assert!(failed.is_empty(), "failed on {} of them:\n{}", failed.len(), failed.join("\n\n"));
 }
 
 fn message(panic: &(dyn Any + Send)) -> &str {

@@ -9,24 +9,36 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::Target;
+use super::pointers::{self, Pointers};
 
 /// One line of /proc/PID/maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Mapping {
-    start: u64,
-    end: u64,
-    permissions: String,
+pub struct Mapping {
+    /// First address.
+    pub start: u64,
+    /// Address behind the last.
+    pub end: u64,
+    /// As in `r-xp`.
+    pub permissions: String,
     offset: u64,
-    inode: u64,
+    /// 0 for anonymous memory.
+    pub inode: u64,
     path: String,
 }
 
 impl Mapping {
-    fn is_executable(&self) -> bool {
+    /// True for code.
+    pub fn is_executable(&self) -> bool {
         self.permissions.as_bytes().get(2) == Some(&b'x')
     }
 
-    fn is_file(&self) -> bool {
+    /// Name of the file it shows.
+    pub fn file_name(&self) -> &str {
+        self.path.rsplit('/').next().unwrap_or_default()
+    }
+
+    /// True for memory that shows a file.
+    pub fn is_file(&self) -> bool {
         self.inode != 0 && self.path.starts_with('/')
     }
 }
@@ -39,6 +51,8 @@ type ThreadState = BTreeMap<String, String>;
 pub struct Snapshot {
     mappings: Vec<Mapping>,
     changed_text: Vec<String>,
+    pointers: Pointers,
+    not_inherited: Vec<String>,
     descriptors: BTreeMap<String, String>,
     threads: BTreeMap<i32, ThreadState>,
     stopped: bool,
@@ -55,6 +69,8 @@ impl Snapshot {
         let threads = threads(pid);
         let state = status_field(&read_text(&format!("/proc/{pid}/status")), "State");
         Snapshot {
+            pointers: pointers::pointers(pid, &mappings),
+            not_inherited: pointers::not_inherited(pid),
             mappings,
             changed_text,
             descriptors: descriptors(pid),
@@ -63,9 +79,20 @@ impl Snapshot {
         }
     }
 
+    /// Without the look for words that point elsewhere than before: for a program that copies the tables it finds.
+    pub fn without_pointers(self) -> Snapshot {
+        Snapshot { pointers: Pointers::new(), ..self }
+    }
+
     /// Where executable memory was not what its file holds; for a process there is no earlier look at.
     pub fn changed_text(&self) -> &[String] {
         &self.changed_text
+    }
+
+    /// Mappings that could be written and executed.
+    pub fn writable_code(&self) -> Vec<String> {
+        let both = |m: &&Mapping| m.is_executable() && m.permissions.as_bytes().get(1) == Some(&b'w');
+        self.mappings.iter().filter(both).map(|m| format!("{:x}-{:x} {}", m.start, m.end, m.path)).collect()
     }
 
     /// True when no thread had a tracer.
@@ -81,6 +108,10 @@ impl Snapshot {
             found.push(format!("text differs from its file: {change}"));
         }
         self.compare_mappings(&now, pid, &mut found);
+        found.extend(pointers::led_astray(pid, &self.pointers, &now.mappings));
+        for range in now.not_inherited.iter().filter(|range| !self.not_inherited.contains(range)) {
+            found.push(format!("new memory that children do not get: {range}"));
+        }
         for (number, name) in &now.descriptors {
             match self.descriptors.get(number) {
                 None => found.push(format!("new file descriptor {number} -> {name}")),
@@ -124,7 +155,7 @@ impl Snapshot {
             let own_module = mapping.is_file() && path.contains("lib-dynload/");
             if !known && mapping.is_executable() && !own_module {
                 found.push(format!("new executable mapping {text}"));
-            } else if !known && (path.contains("memfd:") || file_name(path).contains("heaptap")) {
+            } else if !known && (path.contains("memfd:") || mapping.file_name().contains("heaptap")) {
                 found.push(format!("new mapping {text}"));
             } else if !known && !mapping.is_file() {
                 let mut head = [0_u8; 16];
@@ -183,10 +214,6 @@ pub fn assert_left_no_trace(before: &Snapshot, target: &mut Target) {
     if !before.stopped {
         target.ping();
     }
-}
-
-fn file_name(path: &str) -> &str {
-    path.rsplit('/').next().unwrap_or_default()
 }
 
 fn read_text(path: &str) -> String {

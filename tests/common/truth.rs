@@ -58,10 +58,15 @@ pub struct Truth {
 /// A group of records: allocator class, function, line, size.
 type Key = (String, String, u32, u64);
 
-/// One mapping of 256 KiB or 1 MiB, or a 16 KiB (or doubled) frame stack chunk, which CPython takes whenever it needs it.
+/// What CPython takes whenever it needs it: a mapping of 256 KiB or 1 MiB, a 16 KiB (or doubled) frame stack chunk, and in free-threaded
+/// builds, whose own allocators are always recorded, a thread's tables of reference counts (`resize_local_refcounts`) and of
+/// delayed frees (`struct _mem_work_chunk`).
 fn is_arena(allocation: &Allocation) -> bool {
     allocation.allocator == "mmap" && matches!(allocation.size, 0x4_0000 | 0x10_0000)
         || allocation.allocator == "mmap" && allocation.size.is_power_of_two() && allocation.size >= 0x4000
+        || allocation.allocator.starts_with("mem_")
+            && allocation.size.is_power_of_two()
+            && allocation.size >= 0x1000
 }
 
 /// memalign and aligned_alloc are the same code in glibc before 2.38, so a breakpoint cannot tell them apart.

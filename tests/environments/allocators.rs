@@ -6,18 +6,18 @@ use crate::common::dump::Allocation;
 use crate::common::pythons::Flavour;
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
-use crate::common::{Python, Recording, Snapshot, Target, for_each_python};
+use crate::common::{Python, Recording, Snapshot, Target, for_each_kind};
 
 const PYTHON_ALLOCATORS: &[&str] = &["--python-allocators"];
 
 #[test]
 fn the_sizes_that_were_asked_for_under_every_pythonmalloc() {
-    for_each_python(Python::records_promised, |python| {
+    for_each_kind(Python::records_promised, |python, kind| {
         for setting in ["debug", "malloc", "malloc_debug"] {
             for (program, arguments) in [("small_objects.py", PYTHON_ALLOCATORS), ("libc_blocks.py", &[])] {
                 let mut target = Target::builder(python, program).env("PYTHONMALLOC", setting).start();
                 let before = Snapshot::take(target.pid());
-                let recording = Recording::attach(&target, arguments);
+                let recording = Recording::attach(&target, &kind.with(arguments));
                 let truth = Truth::from_json(target.go());
                 let capture = recording.stop();
                 assert_left_no_trace(&before, &mut target);
@@ -25,6 +25,11 @@ fn the_sizes_that_were_asked_for_under_every_pythonmalloc() {
             }
         }
     });
+}
+
+/// tracemalloc keeps what it found in the tables when it was started, and uses it no more once it is stopped.
+fn look(target: &Target) -> Snapshot {
+    Snapshot::take(target.pid()).without_pointers()
 }
 
 fn tell(target: &mut Target, command: &str, answer: &str) {
@@ -42,10 +47,10 @@ fn detach_says(target: &mut Target, word: &str) {
 
 #[test]
 fn an_application_that_traces_its_memory_for_a_while() {
-    for_each_python(Python::records_promised, |python| {
+    for_each_kind(Python::records_promised, |python, kind| {
         let mut target = Target::start(python, "traced_memory.py");
-        let before = Snapshot::take(target.pid());
-        let recording = Recording::attach(&target, PYTHON_ALLOCATORS);
+        let before = look(&target);
+        let recording = Recording::attach(&target, &kind.with(PYTHON_ALLOCATORS));
         tell(&mut target, "trace", "traced");
         let truth = Truth::from_json(target.go());
         tell(&mut target, "untrace", "untraced");
@@ -58,10 +63,10 @@ fn an_application_that_traces_its_memory_for_a_while() {
 
 #[test]
 fn an_application_that_traces_its_memory_when_heaptap_goes() {
-    for_each_python(Python::records_promised, |python| {
+    for_each_kind(Python::records_promised, |python, kind| {
         let mut target = Target::start(python, "traced_memory.py");
-        let before = Snapshot::take(target.pid());
-        let recording = Recording::attach(&target, PYTHON_ALLOCATORS);
+        let before = look(&target);
+        let recording = Recording::attach(&target, &kind.with(PYTHON_ALLOCATORS));
         tell(&mut target, "trace", "traced");
         let truth = Truth::from_json(target.go());
         let capture = recording.stop();
@@ -70,7 +75,7 @@ fn an_application_that_traces_its_memory_when_heaptap_goes() {
         target.go();
         // While the application calls through what is left, it can't go.
         detach_says(&mut target, "stay");
-        let again = Recording::attach(&target, PYTHON_ALLOCATORS);
+        let again = Recording::attach(&target, &kind.with(PYTHON_ALLOCATORS));
         let truth = Truth::from_json(target.go());
         truth.assert_matches(&again.stop().assert_code(0).dump());
         tell(&mut target, "untrace", "untraced");
@@ -98,11 +103,11 @@ fn detach_in_the_end(target: &mut Target) {
 
 #[test]
 fn an_application_that_stops_tracing_in_mid_recording() {
-    for_each_python(Python::records_promised, |python| {
+    for_each_kind(Python::records_promised, |python, kind| {
         let mut target = Target::start(python, "traced_memory.py");
-        let before = Snapshot::take(target.pid());
+        let before = look(&target);
         tell(&mut target, "trace", "traced");
-        let recording = Recording::attach(&target, PYTHON_ALLOCATORS);
+        let recording = Recording::attach(&target, &kind.with(PYTHON_ALLOCATORS));
         let truth = Truth::from_json(target.go());
         tell(&mut target, "untrace", "untraced");
         target.go();
@@ -123,11 +128,11 @@ fn truth_is_in(_: &Truth, capture: &crate::common::heaptap::Capture) -> bool {
 
 #[test]
 fn an_application_that_traces_its_memory_when_heaptap_is_killed() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         for worked in [false, true] {
             let mut target = Target::start(python, "traced_memory.py");
-            let before = Snapshot::take(target.pid());
-            let recording = Recording::attach(&target, PYTHON_ALLOCATORS);
+            let before = look(&target);
+            let recording = Recording::attach(&target, &kind.with(PYTHON_ALLOCATORS));
             tell(&mut target, "trace", "traced");
             recording.kill();
             if worked {
@@ -145,11 +150,11 @@ fn an_application_that_traces_its_memory_when_heaptap_is_killed() {
 #[test]
 fn frames_of_a_subinterpreter_are_its_own() {
     // Sizes are exact: no guard bytes.
-    let exact = |python: &Python| python.records_promised() && python.flavour == Flavour::Default;
-    for_each_python(exact, |python| {
+    let exact = |python: &Python, kind| python.records_promised(kind) && python.flavour == Flavour::Default;
+    for_each_kind(exact, |python, kind| {
         let mut target = Target::start(python, "subinterpreters.py");
         let before = Snapshot::take(target.pid());
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         let truth = target.go();
         let capture = recording.stop();
         assert_left_no_trace(&before, &mut target);

@@ -6,15 +6,15 @@ use std::os::unix::process::ExitStatusExt;
 use super::{a_few, is_root};
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
-use crate::common::{Python, Recording, Snapshot, Target, for_each_python, skipped};
+use crate::common::{Kind, Python, Recording, Snapshot, Target, for_each_kind, skipped};
 
 const EPERM: i64 = 1;
 
 /// A recording of the program under its filter; `None` where this kernel cannot rest filters (then it is refused).
-fn record(python: &Python, how: &str) -> Option<Target> {
+fn record(python: &Python, kind: Kind, how: &str) -> Option<Target> {
     let mut target = Target::builder(python, "restricted.py").arg(how).start();
     let before = Snapshot::take(target.pid());
-    let recording = match Recording::try_attach(target.pid(), &[]) {
+    let recording = match Recording::try_attach(target.pid(), &kind.with(&[])) {
         Ok(recording) => recording,
         Err(said) if said.contains("can't be suspended") => {
             super::assert_refused(&said, &["seccomp"]);
@@ -44,9 +44,9 @@ fn a_filter_that_refuses_our_calls_rests_for_them_alone() {
     if !is_root("resting a seccomp filter") {
         return;
     }
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         for how in ["errno", "thread"] {
-            let Some(mut target) = record(python, how) else { return };
+            let Some(mut target) = record(python, kind, how) else { return };
             target.send("forbidden");
             assert_eq!(target.expect("forbidden")["errno"], EPERM, "{how}: the filter is gone");
         }
@@ -58,8 +58,8 @@ fn a_filter_that_kills_does_not() {
     if !is_root("resting a seccomp filter") {
         return;
     }
-    for_each_python(a_few, |python| {
-        let Some(mut target) = record(python, "kill") else { return };
+    for_each_kind(a_few, |python, kind| {
+        let Some(mut target) = record(python, kind, "kill") else { return };
         target.send("forbidden");
         assert_eq!(target.wait().signal(), Some(Signal::SIGSYS as i32), "the filter is gone");
     });
@@ -71,10 +71,10 @@ fn a_confined_target_survives_the_death_of_heaptap() {
     if !is_root("resting a seccomp filter") {
         return;
     }
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         let mut target = Target::builder(python, "restricted.py").arg("errno").start();
         let before = Snapshot::take(target.pid());
-        match Recording::try_attach(target.pid(), &[]) {
+        match Recording::try_attach(target.pid(), &kind.with(&[])) {
             Ok(recording) => recording.kill(),
             Err(said) => return skipped(&format!("a target under seccomp: {said}")),
         }

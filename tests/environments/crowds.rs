@@ -9,7 +9,7 @@ use super::a_few;
 use crate::common::heaptap::heaptap_says;
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
-use crate::common::{Python, Recording, Snapshot, Target, for_each_python};
+use crate::common::{Python, Recording, Snapshot, Target, for_each_kind};
 
 fn stacks(target: &Target) -> Vec<Value> {
     let output = heaptap_says(0, &["stacks", "--json", "--pid", &target.pid().to_string()]);
@@ -27,13 +27,13 @@ fn in_function(threads: &[Value], function: &str) -> usize {
 
 #[test]
 fn two_hundred_blocked_threads_and_some_that_leave() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         let mut target = Target::start(python, "crowd.py");
         // What a thread that ends leaves mapped for the next one is the C library's; have it there before.
         target.go();
         let before = Snapshot::take(target.pid());
         assert_eq!(in_function(&stacks(&target), "blocked"), 200);
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         let truth = target.go();
         let capture = recording.stop();
         assert_eq!(
@@ -69,12 +69,12 @@ fn survivor_of(target: &mut Target) -> i32 {
 
 #[test]
 fn a_process_without_its_leader() {
-    for_each_python(Python::records_promised, |python| {
+    for_each_kind(Python::records_promised, |python, kind| {
         let mut target = Target::start(python, "leaderless.py");
         let survivor = survivor_of(&mut target);
         let before = Snapshot::take(survivor);
         assert_eq!(in_function(&stacks(&target), "serve"), 1);
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         let truth = Truth::from_json(target.go());
         let capture = recording.stop();
         truth.assert_matches(&capture.assert_code(0).dump());
@@ -84,10 +84,10 @@ fn a_process_without_its_leader() {
 
 #[test]
 fn a_leader_that_goes_in_mid_recording() {
-    for_each_python(Python::records_promised, |python| {
+    for_each_kind(Python::records_promised, |python, kind| {
         let mut target = Target::start(python, "leaderless.py");
         let before = Snapshot::take(target.pid());
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         let survivor = survivor_of(&mut target);
         let truth = Truth::from_json(target.go());
         let capture = recording.stop();
@@ -99,10 +99,10 @@ fn a_leader_that_goes_in_mid_recording() {
 
 #[test]
 fn the_end_of_a_process_without_its_leader_closes_the_capture() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         let mut target = Target::start(python, "leaderless.py");
         survivor_of(&mut target);
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         let truth = Truth::from_json(target.go());
         assert!(target.exit().success());
         truth.assert_matches(&recording.finish().assert_code(0).dump());

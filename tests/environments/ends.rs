@@ -9,7 +9,7 @@ use super::a_few;
 use crate::common::heaptap::Capture;
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
-use crate::common::{Recording, Snapshot, Target, for_each_python};
+use crate::common::{Recording, Snapshot, Target, for_each_kind};
 
 fn reason(capture: &Capture) -> String {
     let stats: Value = serde_json::from_str(&capture.report("stats", &["--json"])).expect("JSON");
@@ -18,10 +18,10 @@ fn reason(capture: &Capture) -> String {
 
 #[test]
 fn a_target_that_is_killed_closes_its_capture() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         for signal in [Signal::SIGKILL, Signal::SIGSEGV, Signal::SIGTERM] {
             let mut target = Target::start(python, "libc_blocks.py");
-            let recording = Recording::attach(&target, &[]);
+            let recording = Recording::attach(&target, &kind.with(&[]));
             let truth = Truth::from_json(target.go());
             target.signal(signal);
             let capture = recording.finish();
@@ -35,9 +35,9 @@ fn a_target_that_is_killed_closes_its_capture() {
 
 #[test]
 fn a_target_killed_while_busy_closes_its_capture() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         let mut target = Target::start(python, "verifying.py");
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         std::thread::sleep(std::time::Duration::from_millis(100));
         target.signal(Signal::SIGKILL);
         let capture = recording.finish();
@@ -49,11 +49,11 @@ fn a_target_killed_while_busy_closes_its_capture() {
 
 #[test]
 fn heaptap_asked_to_go_lets_go() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         for signal in [Signal::SIGTERM, Signal::SIGHUP] {
             let mut target = Target::start(python, "libc_blocks.py");
             let before = Snapshot::take(target.pid());
-            let recording = Recording::attach(&target, &[]);
+            let recording = Recording::attach(&target, &kind.with(&[]));
             let truth = Truth::from_json(target.go());
             let capture = recording.stop_by(signal);
             truth.assert_matches(&capture.assert_code(0).dump());
@@ -66,10 +66,10 @@ fn heaptap_asked_to_go_lets_go() {
 /// Started by nohup(1), a hang-up is nothing to heaptap.
 #[test]
 fn a_hang_up_that_is_ignored_stays_ignored() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         let mut target = Target::start(python, "libc_blocks.py");
         let before = Snapshot::take(target.pid());
-        let recording = Recording::attach_under(&["nohup"], &target, &[]);
+        let recording = Recording::attach_under(&["nohup"], &target, &kind.with(&[]));
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(recording.pid()), Signal::SIGHUP).unwrap();
         // Three ticks of its clock.
         std::thread::sleep(std::time::Duration::from_millis(300));

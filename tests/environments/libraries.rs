@@ -6,10 +6,10 @@ use std::process::Command;
 
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
-use crate::common::{Python, Recording, Snapshot, Target, for_each_python, skipped};
+use crate::common::{Kind, Python, Recording, Snapshot, Target, for_each_kind, skipped};
 
 /// Wheels are for released default builds; these minors are what every package here has one for.
-fn has_wheels(python: &Python) -> bool {
+fn has_wheels(python: &Python, _: Kind) -> bool {
     python.name.starts_with("pyenv-") && (10..=13).contains(&python.minor())
 }
 
@@ -29,7 +29,7 @@ fn environment(python: &Python, packages: &[&str]) -> Result<PathBuf, String> {
 }
 
 fn records_with(program: &str, packages: &[&str]) {
-    for_each_python(has_wheels, |python| {
+    for_each_kind(has_wheels, |python, kind| {
         let command = match environment(python, packages) {
             Ok(command) => command,
             Err(why) => return skipped(&format!("{program} on {python}: {why}")),
@@ -37,7 +37,7 @@ fn records_with(program: &str, packages: &[&str]) {
         let python = Python { command, ..python.clone() };
         let mut target = Target::start(&python, program);
         let before = Snapshot::take(target.pid());
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         let truth = Truth::from_json(target.go());
         let capture = recording.stop();
         truth.assert_matches(&capture.assert_code(0).dump());

@@ -11,12 +11,12 @@ mod rivals;
 
 use std::process::Output;
 
-use crate::common::{Python, Recording, Target, heaptap, soak};
+use crate::common::{Kind, Python, Recording, Target, heaptap, soak};
 
 /// Two interpreters stand for all where the behaviour is the kernel's rather than Python's; all of them in a soak.
-pub fn a_few(python: &Python) -> bool {
+pub fn a_few(python: &Python, kind: Kind) -> bool {
     let chosen = soak() || std::env::var_os("HEAPTAP_TEST_PYTHON").is_some();
-    python.records_promised()
+    python.records_promised(kind)
         && (chosen || ["pyenv-3.11", "debian-3.14"].iter().any(|name| python.name.starts_with(name)))
 }
 

@@ -11,7 +11,7 @@ use super::a_few;
 use crate::common::heaptap::report;
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
-use crate::common::{Recording, Snapshot, Target, for_each_python, pythons, skipped};
+use crate::common::{Recording, Snapshot, Target, for_each_kind, pythons, skipped};
 
 /// Attaching with this output must fail (exit 1), name the path and say what to do, and not touch the target.
 fn assert_cannot_write(target: &mut Target, path: &Path, arguments: &[&str], words: &[&str]) {
@@ -96,7 +96,7 @@ impl Drop for SmallDisk {
 
 #[test]
 fn a_disk_that_runs_full_ends_the_recording_and_not_the_target() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         let disk = match SmallDisk::mount() {
             Ok(disk) => disk,
             Err(why) => {
@@ -106,7 +106,7 @@ fn a_disk_that_runs_full_ends_the_recording_and_not_the_target() {
         let mut target = Target::start(python, "libc_blocks.py");
         let before = Snapshot::take(target.pid());
         let path = disk.path("c.heaptap");
-        let recording = Recording::try_attach_to(target.pid(), &path, &[]).unwrap();
+        let recording = Recording::try_attach_to(target.pid(), &path, &kind.with(&[])).unwrap();
         target.go();
         // A flush is due every second: what was recorded until now is on the disk before it runs full.
         std::thread::sleep(Duration::from_millis(1500));

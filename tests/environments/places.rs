@@ -11,7 +11,7 @@ use super::{a_few, is_root};
 use crate::common::heaptap::heaptap_says;
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
-use crate::common::{Python, Recording, Snapshot, Target, for_each_python, skipped};
+use crate::common::{Python, Recording, Snapshot, Target, for_each_kind, skipped};
 
 const UNSHARE: &[&str] = &["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"];
 
@@ -28,7 +28,7 @@ fn a_target_in_its_own_pid_and_mount_namespace() {
     if !works.as_ref().is_ok_and(|output| output.status.success()) {
         return skipped(&format!("a target in its own namespaces: {works:?}"));
     }
-    for_each_python(Python::records_promised, |python| {
+    for_each_kind(Python::records_promised, |python, kind| {
         for program in ["libc_blocks.py", "threads.py"] {
             // A chroot's mounts are its own affair.
             let under = if python.root.is_some() { &UNSHARE[..5] } else { UNSHARE };
@@ -38,7 +38,7 @@ fn a_target_in_its_own_pid_and_mount_namespace() {
             assert_eq!(ids.split_ascii_whitespace().last(), Some("1"), "{ids}");
             let before = Snapshot::take(target.pid());
             assert_stacks_show(&target, "commands");
-            let recording = Recording::attach(&target, &[]);
+            let recording = Recording::attach(&target, &kind.with(&[]));
             let truth = Truth::from_json(target.go());
             let capture = recording.stop();
             truth.assert_matches(&capture.assert_code(0).dump());
@@ -61,8 +61,9 @@ fn an_executable_that_was_replaced_or_deleted() {
         return;
     }
     // One that is its executable whole, and one with a library beside it.
-    let own = |python: &Python| python.name == "system-3.11" || python.root.is_none() && a_few(python);
-    for_each_python(own, |python| {
+    let own =
+        |python: &Python, kind| python.name == "system-3.11" || python.root.is_none() && a_few(python, kind);
+    for_each_kind(own, |python, kind| {
         for replaced in [true, false] {
             let folder = tempfile::tempdir().unwrap();
             let (copy, home) = copied(python, folder.path());
@@ -76,12 +77,12 @@ fn an_executable_that_was_replaced_or_deleted() {
             let before = Snapshot::take(target.pid());
             assert_stacks_show(&target, "commands");
             // Here symbols of the executable are needed, too.
-            let recording = Recording::attach(&target, &["--python-allocators"]);
+            let recording = Recording::attach(&target, &kind.with(&["--python-allocators"]));
             target.go();
             let capture = recording.stop();
             assert!(capture.assert_code(0).dump().allocations.iter().any(|a| a.allocator == "object_malloc"));
             assert_left_no_trace(&before, &mut target);
-            let recording = Recording::attach(&target, &[]);
+            let recording = Recording::attach(&target, &kind.with(&[]));
             let truth = Truth::from_json(target.go());
             truth.assert_matches(&recording.stop().assert_code(0).dump());
             assert_left_no_trace(&before, &mut target);

@@ -13,18 +13,27 @@ use super::{a_few, assert_refused, detach, is_root, refusal, said};
 use crate::common::heaptap::detach_in_the_end;
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
-use crate::common::{Recording, Snapshot, Target, for_each_python, missing, pythons, skipped};
+use crate::common::{
+    Kind, Recording, Snapshot, Target, for_each_kind, for_each_python, missing, pythons, skipped,
+};
 
 #[test]
 fn a_second_heaptap_is_refused_and_the_first_goes_on() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         let mut target = Target::start(python, "libc_blocks.py");
         let before = Snapshot::take(target.pid());
-        let recording = Recording::attach(&target, &[]);
-        assert_refused(
-            &refusal(target.pid(), &[]),
-            &["already traced", &recording.pid().to_string(), "heaptap"],
-        );
+        let recording = Recording::attach(&target, &kind.with(&[]));
+        // While jumps record, nobody traces.
+        let why = match kind {
+            Kind::Jump => "holds probes",
+            Kind::Trap => "already traced",
+        };
+        for other in Kind::all() {
+            assert_refused(
+                &refusal(target.pid(), &other.with(&[])),
+                &[why, &recording.pid().to_string(), "heaptap"],
+            );
+        }
         let output = detach(&target);
         assert_eq!(output.status.code(), Some(3), "detach while a heaptap records: {}", said(&output));
         assert!(said(&output).contains(&recording.pid().to_string()), "{}", said(&output));
@@ -66,7 +75,7 @@ fn tracer(pid: i32) -> i32 {
 
 #[test]
 fn a_debugger_is_left_alone() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         let mut target = Target::start(python, "libc_blocks.py");
         let before = Snapshot::take(target.pid());
         let pid = target.pid().to_string();
@@ -81,13 +90,13 @@ fn a_debugger_is_left_alone() {
                 }
             };
             let words = ["already traced", name, &tracer(target.pid()).to_string()];
-            assert_refused(&refusal(target.pid(), &[]), &words);
+            assert_refused(&refusal(target.pid(), &kind.with(&[])), &words);
             let output = detach(&target);
             assert_eq!(output.status.code(), Some(3), "{}", said(&output));
             drop(debugger);
             assert_left_no_trace(&before, &mut target);
         }
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, &kind.with(&[]));
         let truth = Truth::from_json(target.go());
         truth.assert_matches(&recording.stop().assert_code(0).dump());
         assert_left_no_trace(&before, &mut target);
@@ -96,18 +105,21 @@ fn a_debugger_is_left_alone() {
 
 #[test]
 fn detach_finds_nothing_where_nothing_is() {
-    for_each_python(a_few, |python| {
-        let mut target = Target::start(python, "libc_blocks.py");
-        let before = Snapshot::take(target.pid());
-        let output = detach(&target);
-        assert!(output.status.success() && said(&output).contains("nothing"), "{}", said(&output));
-        assert_left_no_trace(&before, &mut target);
-    });
+    for_each_python(
+        |python| a_few(python, Kind::Trap),
+        |python| {
+            let mut target = Target::start(python, "libc_blocks.py");
+            let before = Snapshot::take(target.pid());
+            let output = detach(&target);
+            assert!(output.status.success() && said(&output).contains("nothing"), "{}", said(&output));
+            assert_left_no_trace(&before, &mut target);
+        },
+    );
 }
 
 #[test]
 fn detach_removes_what_a_killed_heaptap_left() {
-    for_each_python(a_few, |python| {
+    for_each_kind(a_few, |python, kind| {
         for (program, arguments) in [
             ("libc_blocks.py", &[][..]),
             ("small_objects.py", &["--python-allocators"]),
@@ -116,7 +128,7 @@ fn detach_removes_what_a_killed_heaptap_left() {
             for worked in [false, true] {
                 let mut target = Target::start(python, program);
                 let before = Snapshot::take(target.pid());
-                Recording::attach(&target, arguments).kill();
+                Recording::attach(&target, &kind.with(arguments)).kill();
                 if program == "verifying.py" {
                     std::thread::sleep(Duration::from_millis(50 * u64::from(worked)));
                 } else if worked {
@@ -225,7 +237,7 @@ fn a_uprobe_on_malloc_is_respected() {
     };
     let python = pythons()
         .iter()
-        .find(|p| p.records_promised() && p.root.is_none())
+        .find(|p| p.records_promised(Kind::Jump) && p.root.is_none())
         .expect("a Python of this machine");
     // A copy of libc: a uprobe is on a file, in every process that maps it.
     let folder = tempfile::tempdir().unwrap();
@@ -245,7 +257,9 @@ fn a_uprobe_on_malloc_is_respected() {
     };
     let before = Snapshot::take(target.pid());
     assert_eq!(before.changed_text().len(), 1, "the uprobe is in: {:?}", before.changed_text());
-    assert_refused(&refusal(target.pid(), &[]), &["malloc", "uprobe", "perf"]);
+    for kind in Kind::all() {
+        assert_refused(&refusal(target.pid(), &kind.with(&[])), &["malloc", "uprobe", "perf"]);
+    }
     let output =
         crate::common::heaptap().args(["doctor", "--pid", &target.pid().to_string()]).output().unwrap();
     assert_eq!(output.status.code(), Some(3), "doctor: {}", said(&output));
@@ -255,8 +269,10 @@ fn a_uprobe_on_malloc_is_respected() {
     // Gone, it is no obstacle.
     drop(probe);
     let bare = Snapshot::take(target.pid());
-    let recording = Recording::attach(&target, &[]);
-    let truth = Truth::from_json(target.go());
-    truth.assert_matches(&recording.stop().assert_code(0).dump());
-    assert_left_no_trace(&bare, &mut target);
+    for kind in Kind::all() {
+        let recording = Recording::attach(&target, &kind.with(&[]));
+        let truth = Truth::from_json(target.go());
+        truth.assert_matches(&recording.stop().assert_code(0).dump());
+        assert_left_no_trace(&bare, &mut target);
+    }
 }

@@ -14,6 +14,8 @@ pub struct Plan {
     pub steps: usize,
     /// Moments between two looks of the controller, about.
     pub look_every: usize,
+    /// Moments that pass at most between the looks at two rings.
+    pub within_look: u64,
     /// Blocks that the allocator has: few are given out again soon.
     pub blocks: u64,
     /// Threads that die between taking a number and publishing it.
@@ -132,7 +134,7 @@ impl History {
     /// The rings are looked at one after the other, and things happen meanwhile.
     pub fn show_heads(&mut self) {
         for n in 0..self.plan.threads {
-            for _ in 0..self.below(4) {
+            for _ in 0..self.below(self.plan.within_look) {
                 self.step();
             }
             if let Some(thread) = self.threads.get(n) {
@@ -141,17 +143,18 @@ impl History {
         }
     }
 
-    /// Everybody comes to the end of what they do.
-    pub fn end(&mut self) {
+    /// Everybody comes nearer to the end of what they do. True when all have come to it.
+    pub fn end(&mut self) -> bool {
         self.deaths = 0;
         for n in 0..self.threads.len() {
-            while self.threads.get(n).is_some_and(|thread| !thread.moments.is_empty()) {
+            for _ in 0..10 {
                 self.moment(n);
             }
         }
         for thread in &self.threads {
             thread.writer.publish(thread.published);
         }
+        self.threads.iter().all(|thread| thread.moments.is_empty())
     }
 
     /// One moment of one thread.
