@@ -101,7 +101,7 @@ fn play(plan: Plan) {
 fn a_heart_has_beaten_when_it_is_there() {
     // Often: on an idle machine a new thread's first turn comes soon.
     for _ in 0..200 {
-        let file = RingFile::new(1, 4096);
+        let file = RingFile::new(1, 32 << 10);
         let rings = file.rings();
         let _heart = rings.heart().unwrap();
         assert_ne!(file.heartbeat(), 0);
