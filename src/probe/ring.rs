@@ -229,8 +229,10 @@ impl Rings {
         self.memory.beat(now);
     }
 
-    /// Keeps the heartbeat from a thread of its own: a slow disk must not look like a dead controller.
+    /// Keeps the heartbeat from a thread of its own: a slow disk must not look like a dead controller. It has beaten when this
+    /// returns: on a busy machine the thread's first turn may come after the agent's first event, which would find nobody alive.
     pub fn heart(&self) -> std::io::Result<Heart> {
+        self.memory.beat(ticks());
         let memory = Arc::clone(&self.memory);
         let (stop, stopped) = channel::<()>();
         let thread = std::thread::Builder::new().name("heartbeat".into()).spawn(move || {

@@ -325,9 +325,13 @@ impl RecordSource for AgentSource {
     fn finish(mut self, ledger: &mut Ledger) -> Result<Finished, RecordError> {
         self.count();
         self.measure();
+        // Where nobody has asked since, the end of the recording would be silent about what is missing.
+        let pid = self.loaded.pid;
+        let is_off = matches!(self.target.condition(), Condition::SwitchedOff);
+        let switched_off = is_off.then_some(RecordError::SwitchedOff { pid });
         let lifted = self.lift();
         // The target was let go; what it told until then is recorded whatever became of that.
-        let failed = self.drain(ledger).err();
+        let failed = self.drain(ledger).err().or(switched_off);
         Ok(Finished { left: lifted?, failed, counts: self.counts })
     }
 
