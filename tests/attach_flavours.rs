@@ -7,8 +7,9 @@ use common::snapshot::assert_left_no_trace;
 use common::truth::Truth;
 use common::{Flavour, Kind, Python, Recording, Snapshot, Target, for_each_python};
 
-const EXACT: &[&str] = &["--exact"];
-const EXACT_PYTHON: &[&str] = &["--exact", "--python-allocators"];
+/// On a machine that is busy with tests heaptap may be kept from its work for a while.
+const EXACT: &[&str] = &["--exact", "--max-wait", "20s"];
+const EXACT_PYTHON: &[&str] = &["--exact", "--max-wait", "20s", "--python-allocators"];
 
 /// Every interpreter records by jumps.
 fn all(python: &Python) -> bool {
