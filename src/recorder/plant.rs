@@ -122,7 +122,7 @@ fn load_with<T>(
 }
 
 fn unload(examined: &Examined, loaded: &Loaded) -> Result<(), RecordError> {
-    let mut one = Inferior::seize_thread(loaded.pid)?;
+    let mut one = load::seize_to_unload(loaded.pid)?;
     let unloaded =
         load_with(&mut one, examined, |one| Ok(load::unload(one, &loaded.parts, &loaded.regions)?));
     one.detach()?;
