@@ -46,7 +46,7 @@ fn serves(framework: &str, packages: &[&str]) {
             if arguments.contains(&"--exact") {
                 truth.assert_matches(&dump);
             } else {
-                truth.assert_estimated(&dump);
+                truth.assert_estimated(&dump, capture.drops());
             }
         }
         target.go();
