@@ -98,7 +98,7 @@ pub struct State {
     pub rings: u64,
     /// Rings in it; ring 0 is shared.
     pub ring_count: u32,
-    /// Rings given to threads so far.
+    /// Threads met so far: each has a ring of its own while there are any.
     pub rings_used: u32,
     /// Bytes of data of each ring, a power of two.
     pub ring_len: u64,

@@ -402,6 +402,7 @@ unsafe fn write(
         Action::Samples if address == 0 => true,
         Action::Samples => {
             if !sample::track(state, address) {
+                ring.count_drop();
                 return false;
             }
             let words = [address, asked, stack, (*call).interval];
@@ -421,6 +422,7 @@ unsafe fn write(
                 // It failed: the block is still there.
                 sample::track(state, (*call).args[if is_python(function) { 1 } else { 0 }]);
             } else if !exact && action == Action::Ends && address != 0 && !sample::track(state, address) {
+                ring.count_drop();
                 interval = NOT_SAMPLED;
             }
             ring.push_event(record::END, function, (*call).result, &[(*call).result, stack, interval])

@@ -154,8 +154,9 @@ impl Ring {
         }
     }
 
+    /// An event that can't be told.
     #[cold]
-    unsafe fn count_drop(self) {
+    pub unsafe fn count_drop(self) {
         AtomicU64::from_ptr(&raw mut (*self.control()).dropped).fetch_add(1, Ordering::Relaxed);
         (*self.slot).dropped += 1;
     }

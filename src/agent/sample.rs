@@ -101,7 +101,11 @@ pub unsafe fn track(state: *mut State, address: u64) -> bool {
 /// # Safety
 /// `state` is the agent's.
 pub unsafe fn untrack(state: *mut State, address: u64) -> bool {
-    if filter(state, address).load(Ordering::Relaxed) == 0 || !replace(state, address, address, 0) {
+    // 0 is what an empty entry holds.
+    if address == 0
+        || filter(state, address).load(Ordering::Relaxed) == 0
+        || !replace(state, address, address, 0)
+    {
         return false;
     }
     // A counter that was full says nothing any more: it stays.

@@ -57,16 +57,15 @@ unsafe fn checked_thread_pointer(state: *mut State) -> u64 {
 /// A slot taken for the first time. Nobody else uses it.
 unsafe fn begin(state: *mut State, slot: *mut Slot) {
     let used = AtomicU32::from_ptr(&raw mut (*state).rings_used);
-    (*slot).ring = 0;
-    if (*state).exact != 0 && used.load(Ordering::Relaxed) + 1 < (*state).ring_count {
-        let ring = used.fetch_add(1, Ordering::Relaxed) + 1;
-        (*slot).ring = if ring < (*state).ring_count { ring } else { 0 };
-    }
+    // In the order in which threads come, so that the same seed means the same for a program of one thread.
+    let ordinal = used.fetch_add(1, Ordering::Relaxed);
+    let own = (*state).exact != 0 && ordinal < (*state).ring_count - 1;
+    (*slot).ring = if own { ordinal + 1 } else { 0 };
     let index = slot.offset_from((&raw mut (*state).slots).cast::<Slot>()) as u64;
     let (rings, ring, count) = ((*state).rings, (*slot).ring as usize, (*state).ring_count as usize);
     (*slot).control = rings + (RING_CONTROLS_AT + ring * size_of::<RingControl>()) as u64;
     (*slot).data = rings + ring_data_at(count, (*state).ring_len as usize, ring) as u64;
     (*slot).number = index as u32 + 1;
-    (*slot).random = ((*state).seed ^ index.wrapping_mul(0x9e37_79b9_7f4a_7c15)) | 1;
+    (*slot).random = ((*state).seed ^ u64::from(ordinal + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)) | 1;
     sample::draw(state, slot);
 }
