@@ -141,11 +141,20 @@ fn a_uprobe_on_malloc_is_respected() {
         let truth = Truth::from_json(target.go());
         truth.assert_matches(&recording.stop().assert_code(0).dump());
         assert_left_no_trace(&bare, &mut target);
-    } // One that comes while heaptap records, and is still there when it leaves. munmap's jump is at its very entry.
+    }
+    // Some that come while heaptap records, and are still there when it leaves. munmap's jump is at its very entry.
+    let plant_all = || {
+        ["malloc", "free", "realloc", "munmap"]
+            .map(|function| Uprobe::plant(&tracefs, &libc, function).expect("one could be planted before"))
+    };
+    // The kernel maps a page for the instructions under uprobes, and keeps it.
+    let probes = plant_all();
+    target.go();
+    drop(probes);
+    let bare = Snapshot::take(target.pid());
     for killed in [false, true] {
         let recording = Recording::attach(&target, &Kind::Jump.with(&[]));
-        let probes = ["malloc", "free", "realloc", "munmap"]
-            .map(|function| Uprobe::plant(&tracefs, &libc, function).expect("one could be planted before"));
+        let probes = plant_all();
         let truth = Truth::from_json(target.go());
         if killed {
             recording.kill();
