@@ -231,6 +231,8 @@ impl Rings {
 
     /// Keeps the heartbeat from a thread of its own: a slow disk must not look like a dead controller.
     pub fn heart(&self) -> std::io::Result<Heart> {
+        // Not first by the thread, which may be long in coming on a busy machine: a heart that never beat is a dead one.
+        self.beat(ticks());
         let memory = Arc::clone(&self.memory);
         let (stop, stopped) = channel::<()>();
         let thread = std::thread::Builder::new().name("heartbeat".into()).spawn(move || {
