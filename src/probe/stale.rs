@@ -84,9 +84,9 @@ impl Stale {
     fn undo_patches(&self, inferior: &Inferior) -> Result<Vec<u64>, ProbeError> {
         let mut changed = Vec::new();
         for (address, len, before, planted) in &self.patches {
-            let now = inferior.memory().read_vec(*address, *len);
-            if now.is_ok_and(|now| now == planted[..*len]) {
-                inferior.write(*address, &before[..*len])?;
+            let now = inferior.memory().read_vec(*address, *len).unwrap_or_default();
+            if let Some(first) = near::first_to_restore(&now, &planted[..*len]) {
+                inferior.write(address.offset(first as u64), &before[first..*len])?;
             } else if let Some(thunk) = self.thunk_of_word(*len, *planted) {
                 if self.is_jump() {
                     inferior.write(thunk, &near::pass_on(RemoteAddr(u64::from_le_bytes(*before))))?;
