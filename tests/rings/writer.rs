@@ -29,6 +29,13 @@ impl RingFile {
         Rings::map(&self.fd(), self.ring_count, self.ring_len).unwrap()
     }
 
+    /// The controller's word.
+    pub fn heartbeat(&self) -> u64 {
+        let mut word = [0; 8];
+        self.file.read_exact_at(&mut word, 0).unwrap();
+        u64::from_le_bytes(word)
+    }
+
     pub fn fd(&self) -> OwnedFd {
         self.file.try_clone().unwrap().into()
     }
