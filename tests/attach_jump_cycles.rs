@@ -6,8 +6,8 @@ mod hostile;
 use common::heaptap::{detach_in_the_end, heaptap_says};
 use common::snapshot::assert_left_no_trace;
 use common::{Recording, Snapshot, Target, for_each_python};
-use hostile::of_this_machine;
 use hostile::storm::{Storm, belongings};
+use hostile::{SAMPLED, of_this_machine};
 use std::time::Duration;
 
 /// Cycles; a soak makes twenty times as many.
@@ -22,9 +22,9 @@ fn attaching_and_leaving_again_and_again() {
         let mut left = 0;
         for cycle in 0..if common::soak() { CYCLES * 20 } else { CYCLES } {
             let how: &[&str] = match cycle % 4 {
-                0 => &[],
+                0 => SAMPLED,
                 1 => &["--exact"],
-                2 => &["--python-allocators"],
+                2 => &["--python-allocators", "--sample", "512KiB"],
                 _ => &["--exact", "--python-allocators"],
             };
             let recording = Recording::attach(&storm.target, how);
@@ -55,7 +55,7 @@ fn living_child(target: &mut Target) -> i32 {
 #[test]
 fn a_forked_child_is_a_process_of_its_own() {
     for_each_python(of_this_machine, |python| {
-        for how in [&[][..], &["--exact"]] {
+        for how in [SAMPLED, &["--exact"]] {
             let mut storm = Storm::start(python);
             let recording = Recording::attach(&storm.target, how);
             let (one, other) = (living_child(&mut storm.target), living_child(&mut storm.target));
@@ -92,7 +92,7 @@ fn a_target_that_spawns_and_forks_is_left_without_a_trace() {
             let mut target = Target::start(python, program);
             target.go();
             let before = Snapshot::take(target.pid());
-            for how in [&[][..], &["--exact"]] {
+            for how in [SAMPLED, &["--exact"]] {
                 let recording = Recording::attach(&target, how);
                 let truth = target.go();
                 recording.stop().assert_code(0);

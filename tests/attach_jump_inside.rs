@@ -7,7 +7,7 @@ mod hostile;
 use common::heaptap::detach_in_the_end;
 use common::snapshot::assert_left_no_trace;
 use common::{Recording, Snapshot, Target, for_each_python};
-use hostile::{Stepped, call, malloc_jump, of_this_machine, region, wait_until, wait_until_stopped};
+use hostile::{SAMPLED, Stepped, call, malloc_jump, of_this_machine, region, wait_until, wait_until_stopped};
 use nix::sys::signal::Signal;
 
 const CONT: Signal = Signal::SIGCONT;
@@ -47,7 +47,7 @@ fn a_thread_inside_the_overwritten_bytes_is_moved() {
         assert!(!inside.is_empty(), "the jump covers one instruction only: the test shows nothing");
         let before = Snapshot::take(target.pid());
         for place in inside {
-            for how in [&["--exact"][..], &[]] {
+            for how in [&["--exact"][..], SAMPLED] {
                 let stepped = Stepped::seize(tid);
                 stepped.step_until(|_, now| now == place);
                 stepped.let_go(Signal::SIGSTOP);
@@ -80,7 +80,7 @@ fn a_thread_inside_the_trampoline_is_moved_back() {
         let mut moved = 0;
         // Every instruction of our region that a malloc and a free pass: thunks, from which nobody can be moved, and trampolines.
         for nth in 1..=16 {
-            let recording = Recording::attach_logging(&target, &[]);
+            let recording = Recording::attach_logging(&target, SAMPLED);
             let ours = region(&target);
             let stepped = Stepped::seize(tid);
             let mut count = 0;
@@ -121,7 +121,7 @@ fn handler_over_the_bytes(target: &mut Target, on_stack: bool) {
     stepped.let_go(Signal::SIGUSR2);
     wait_until("the handler", || call(target, "stays") == 1);
     let text = Snapshot::take(target.pid());
-    let said = Recording::try_attach(target.pid(), &[]).err().expect("a handler is over the bytes");
+    let said = Recording::try_attach(target.pid(), SAMPLED).err().expect("a handler is over the bytes");
     assert!(said.contains("signal handler") && said.contains("hint"), "{said}");
     assert!(text.differences(target.pid()).is_empty(), "{:?}", text.differences(target.pid()));
     call(target, "release");

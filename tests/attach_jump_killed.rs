@@ -9,7 +9,7 @@ use common::heaptap::detach_in_the_end;
 use common::snapshot::assert_left_no_trace;
 use common::{Recording, Snapshot, Target, for_each_python, heaptap};
 use hostile::storm::{Storm, belongings};
-use hostile::{call, of_this_machine};
+use hostile::{SAMPLED, call, of_this_machine};
 use std::mem::offset_of;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -54,11 +54,11 @@ fn killing_at_any_instant_spares_the_target() {
         let (descriptors, nothing) = storm.belongings();
         assert_eq!(nothing, Vec::<String>::new());
         let folder = tempfile::tempdir().unwrap();
-        let long = time_to_record(storm.pid(), &[]).max(Duration::from_millis(60));
+        let long = time_to_record(storm.pid(), SAMPLED).max(Duration::from_millis(60));
         let rounds = if common::soak() { ROUNDS * 10 } else { ROUNDS };
         let (mut before, mut during, mut refused) = (0, 0, 0);
         for round in 0..rounds {
-            let how: &[&str] = if round % 2 == 0 { &[] } else { &["--exact"] };
+            let how: &[&str] = if round % 2 == 0 { SAMPLED } else { &["--exact"] };
             let mut child = heaptap()
                 .args(["attach", "--pid", &storm.pid().to_string(), "-o"])
                 .arg(folder.path().join(format!("{round}.heaptap")))
@@ -101,7 +101,7 @@ fn killing_at_any_instant_spares_the_target() {
 fn a_dead_heaptap_is_noticed_and_its_agent_switches_itself_off() {
     for_each_python(of_this_machine, |python| {
         let folder = tempfile::tempdir().unwrap();
-        for how in [&[][..], &["--exact"]] {
+        for how in [SAMPLED, &["--exact"]] {
             let mut target = hostile::start(python, folder.path());
             let before = Snapshot::take(target.pid());
             call(&mut target, "start_churning");
@@ -139,7 +139,7 @@ fn one_kind_takes_over_from_the_other() {
     for_each_python(of_this_machine, |python| {
         let mut target = Target::start(python, "libc_blocks.py");
         let before = Snapshot::take(target.pid());
-        let kinds: [&[&str]; 3] = [&["--breakpoints", "trap"], &["--exact"], &[]];
+        let kinds: [&[&str]; 3] = [&["--breakpoints", "trap"], &["--exact"], SAMPLED];
         for first in kinds {
             for second in kinds {
                 Recording::attach(&target, first).kill();

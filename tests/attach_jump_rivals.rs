@@ -7,7 +7,7 @@ mod hostile;
 use common::heaptap::heaptap;
 use common::snapshot::assert_left_no_trace;
 use common::{Recording, Snapshot, Target, for_each_python, skipped};
-use hostile::{Stepped, call, of_this_machine, wait_until};
+use hostile::{SAMPLED, Stepped, call, of_this_machine, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 use std::process::{Command, Stdio};
@@ -18,9 +18,9 @@ fn a_second_heaptap_is_refused_and_the_first_goes_on() {
     for_each_python(of_this_machine, |python| {
         let mut target = Target::start(python, "libc_blocks.py");
         let before = Snapshot::take(target.pid());
-        for first in [&[][..], &["--exact"]] {
+        for first in [SAMPLED, &["--exact"]] {
             let recording = Recording::attach(&target, first);
-            for second in [&[][..], &["--exact"], &["--breakpoints", "trap"]] {
+            for second in [SAMPLED, &["--exact"], &["--breakpoints", "trap"]] {
                 let said = Recording::try_attach(target.pid(), second).err().expect("one is there");
                 assert!(
                     said.contains("exit status: 3") && said.contains(&recording.pid().to_string()),
@@ -49,7 +49,7 @@ fn of_two_that_come_at_the_same_instant_one_records() {
                 std::thread::sleep(Duration::from_micros(round * 613 % 40_000));
                 Recording::try_attach(pid, &["--exact"])
             });
-            let (one, other) = (Recording::try_attach(pid, &[]), other.join().unwrap());
+            let (one, other) = (Recording::try_attach(pid, SAMPLED), other.join().unwrap());
             for said in [one.as_ref().err(), other.as_ref().err()].into_iter().flatten() {
                 assert!(said.contains("exit status: 3"), "round {round}: {said}");
             }
@@ -97,7 +97,7 @@ fn signal(recording: &Recording, signal: Signal) {
 fn a_heaptap_stopped_for_a_second_costs_the_target_little() {
     for_each_python(of_this_machine, |python| {
         let folder = tempfile::tempdir().unwrap();
-        for how in [&[][..], &["--exact"]] {
+        for how in [SAMPLED, &["--exact"]] {
             let mut target = hostile::start(python, folder.path());
             let before = Snapshot::take(target.pid());
             call(&mut target, "start_churning");
@@ -136,7 +136,7 @@ fn a_heaptap_stopped_for_a_second_costs_the_target_little() {
 fn a_heaptap_stopped_for_long_says_so_when_it_comes_back() {
     for_each_python(of_this_machine, |python| {
         let folder = tempfile::tempdir().unwrap();
-        for how in [&[][..], &["--exact"]] {
+        for how in [SAMPLED, &["--exact"]] {
             let mut target = hostile::start(python, folder.path());
             let before = Snapshot::take(target.pid());
             call(&mut target, "start_churning");
@@ -177,7 +177,7 @@ fn filters_rest_for_root_and_refuse_the_rest_before_anything_is_done() {
             assert_eq!(output.status.code(), Some(3), "{filter}: {said}");
             assert!(said.contains("seccomp") && said.contains("hint"), "{filter}: {said}");
             assert_left_no_trace(&before, &mut target);
-            for how in [&[][..], &["--exact"]] {
+            for how in [SAMPLED, &["--exact"]] {
                 match Recording::try_attach(target.pid(), how) {
                     Ok(recording) => {
                         target.go();
@@ -199,7 +199,7 @@ fn a_debugger_may_come_and_go() {
         let mut target = hostile::start(python, folder.path());
         let tid = call(&mut target, "start_churning");
         let before = Snapshot::take(target.pid());
-        let recording = Recording::attach(&target, &[]);
+        let recording = Recording::attach(&target, SAMPLED);
         let debugger = Stepped::seize(tid);
         for _ in 0..2000 {
             debugger.step();

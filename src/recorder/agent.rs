@@ -157,7 +157,10 @@ impl AgentSource {
             let is_gone = self.read_state(offset_of!(State, magic)).is_none();
             let error = match seized {
                 // Another program by now, or none: nothing of ours is in it.
-                Ok(inferior) if is_gone => return Ok(inferior.detach().map(|()| LeftBehind::default())?),
+                Ok(inferior) if is_gone => {
+                    inferior.detach()?;
+                    return Ok(LeftBehind::default());
+                }
                 Err(_) if is_gone => return Ok(LeftBehind::default()),
                 Ok(inferior) => return Ok(jump::lift(inferior, &self.loaded, self.seccomp)?),
                 Err(error @ AttachError::AlreadyTraced { .. }) => error,

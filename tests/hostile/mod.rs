@@ -18,9 +18,12 @@ use nix::unistd::Pid;
 
 use crate::common::{Python, Target};
 
+/// The default of `heaptap attach`.
+pub const SAMPLED: &[&str] = &["--sample", "512KiB"];
+
 /// Interpreters of this machine: a library compiled here is not one for another root.
 pub fn of_this_machine(python: &Python) -> bool {
-    python.records_promised() && python.name.starts_with("pyenv-3.11")
+    python.records_promised(crate::common::Kind::Jump) && python.name.starts_with("pyenv-3.11")
 }
 
 /// `fixtures/native/hostile.c`, compiled into `folder`.
