@@ -21,6 +21,8 @@ WORKLOADS = {
 USUAL = [name for name in WORKLOADS if name != "zigzag"]
 # Between a change and what is measured after it.
 SETTLE = 0.25
+# Share of the time that a target may wait for its core.
+STARVED = 0.8
 
 
 class Load:
@@ -59,6 +61,8 @@ def phase(target, load, seconds):
         latencies = dict(zip(("p50_ns", "p99_ns", "longest_ns"), rest))
     if not done:
         raise Failed(f"the target did not move within {seconds} s")
+    if waited / took > STARVED:
+        raise Failed(f"others took the target's core for {waited / took:.0%} of the time: nothing can be measured")
     return {"per_second": done / took, "cpu_per_step": cpu / done, "waited_for_core": waited / took,
             "resident": target.resident(), **latencies}
 
