@@ -59,8 +59,9 @@ pub struct Descriptor {
 pub const SLOTS: usize = 2048;
 /// log2 of [`SLOTS`].
 pub const SLOTS_LOG2: u32 = 11;
-/// Multiplier of the hash of a thread pointer (Fibonacci hashing), fits an imm32.
-pub const SLOT_HASH: u64 = 0x61c8_8647;
+/// Multiplier of the hash of the lower half of a thread pointer (Fibonacci hashing), fits an imm32. The upper bits of a product of
+/// 64 bits would be nearly the same for threads whose stacks are small, and lie close to each other.
+pub const SLOT_HASH: u32 = 0x61c8_8647;
 /// Slots looked at from a thread's home on.
 pub const SLOT_PROBES: usize = 64;
 /// Buckets of the table of sampled blocks, of 8 addresses each: a block is in one of two.

@@ -244,6 +244,7 @@ fn probe_hint(error: &ProbeError) -> Option<String> {
              removes what a killed heaptap left"
                 .into(),
         ),
+        ProbeError::HandlerStays { .. } => Some("try again when the handler has returned".into()),
         ProbeError::SigtrapInUse { .. } => {
             Some("--unsafe-trap records all the same: the target dies should heaptap be killed meanwhile".into())
         }

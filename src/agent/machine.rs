@@ -52,6 +52,14 @@ pub unsafe fn sleep(nanoseconds: u64) {
     call(35, time.as_ptr() as u64, 0);
 }
 
+/// Whether there is no thread with this id (`tkill` without a signal: ESRCH).
+///
+/// # Safety
+/// System calls are allowed.
+pub unsafe fn is_gone(tid: u32) -> bool {
+    call(200, u64::from(tid), 0) as i64 == -3
+}
+
 /// Whether the thread runs on its alternate signal stack (`sigaltstack`, SS_ONSTACK).
 ///
 /// # Safety

@@ -15,6 +15,8 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Tries for the lock of a shared ring.
 const LOCK_TRIES: u32 = 2_000;
+/// Sleeps for it after those (exact).
+const LOCK_SLEEPS: u32 = 200;
 /// Waiting for room: looks before it starts to sleep, and how long it sleeps (ns).
 const LOOKS_BEFORE_SLEEP: u32 = 200;
 const SLEEP: u64 = 50_000;
@@ -112,14 +114,36 @@ impl Ring {
                 Ok(_) => return true,
                 // Left behind when this thread was thrown out of the agent (longjmp from a signal handler).
                 Err(holder) if holder == me => return true,
-                Err(_) => {}
+                Err(holder) if tries >= LOCK_TRIES => {
+                    let took = self.is_orphan(holder)
+                        && lock.compare_exchange(holder, me, Ordering::Acquire, Ordering::Relaxed).is_ok();
+                    if took || !self.may_sleep(tries - LOCK_TRIES) {
+                        return took;
+                    }
+                    machine::sleep(SLEEP);
+                }
+                Err(_) => core::hint::spin_loop(),
             }
             tries += 1;
-            if tries > LOCK_TRIES {
-                return false;
-            }
-            core::hint::spin_loop();
         }
+    }
+
+    /// Whether the thread that holds the lock ended with it (cancelled in the middle of the agent).
+    #[cold]
+    unsafe fn is_orphan(self, holder: u32) -> bool {
+        let state = self.state;
+        let slot = (&raw const (*state).slots).cast::<Slot>().add(holder as usize - 1);
+        let tid = (&raw const (*slot).tid).read_volatile();
+        (*state).flags & may::MAKE_CALLS != 0 && machine::is_gone(tid)
+    }
+
+    /// Whether a thread that slept so often for the lock may sleep once more: samples are not worth it.
+    unsafe fn may_sleep(self, slept: u32) -> bool {
+        let state = self.state;
+        (*state).exact != 0
+            && (*state).flags & may::MAKE_CALLS != 0
+            && slept < LOCK_SLEEPS
+            && (&raw const (*state).enabled).read_volatile() != 0
     }
 
     /// Gives a shared ring back.

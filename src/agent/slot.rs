@@ -15,7 +15,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 #[inline(always)]
 pub unsafe fn find(state: *mut State, mapping: bool) -> *mut Slot {
     let pointer = if mapping { checked_thread_pointer(state) } else { machine::thread_pointer() };
-    let home = (pointer.wrapping_mul(SLOT_HASH) >> (64 - SLOTS_LOG2)) as usize;
+    let home = ((pointer as u32).wrapping_mul(SLOT_HASH) >> (32 - SLOTS_LOG2)) as usize;
     let slot = (&raw mut (*state).slots).cast::<Slot>().add(home);
     if (*slot).key == pointer && pointer != 0 { slot } else { find_or_make(state, pointer, home) }
 }

@@ -7,22 +7,31 @@
 //! Where records are samples it is the peak of the estimate of what is live. The largest of many estimates is too large
 //! on average: docs/reports.md says by how much.
 
-use super::site::{Site, SiteTable, SiteTotals, sorted};
-use super::totals::Totals;
+use super::site::{Site, SiteTable, SiteTotals, sum};
+use super::totals::{Certain, Sampled, Totals};
 
+/// What a site has.
 #[derive(Clone, Copy, Default)]
-struct SiteState {
-    now: Totals,
-    at_peak: Totals,
+struct State<T> {
+    now: T,
+    at_peak: T,
     /// The peak that `at_peak` tells of.
     peak: u64,
+}
+
+/// All sites that have something of one kind. What is certain and what comes from samples are in books of their own: the
+/// one is small and there may be much of it, the other is large and there are few.
+#[derive(Default)]
+struct Book<T> {
+    sites: SiteTable,
+    states: Vec<State<T>>,
 }
 
 /// Totals per site at the high-water mark. Of equal peaks the first counts.
 #[derive(Default)]
 pub struct HighWaterMark {
-    sites: SiteTable,
-    states: Vec<SiteState>,
+    certain: Book<Certain>,
+    sampled: Book<Sampled>,
     live: Totals,
     peak: Totals,
     peak_time_ns: u64,
@@ -33,7 +42,11 @@ pub struct HighWaterMark {
 impl HighWaterMark {
     /// A block came to live.
     pub fn add(&mut self, site: Site, block: Totals, time_ns: u64) {
-        self.touch(site).now.add(block);
+        if block.samples() > 0 {
+            self.sampled.touch(site, self.peaks).add(&block.sampled);
+        } else {
+            self.certain.touch(site, self.peaks).add(block.certain);
+        }
         self.live.add(block);
         if self.live.bytes() > self.peak.bytes() {
             self.peak = self.live;
@@ -44,7 +57,11 @@ impl HighWaterMark {
 
     /// A block went, or a part of a mapping (then without its count).
     pub fn remove(&mut self, site: Site, part: Totals) {
-        self.touch(site).now.remove(part);
+        if part.samples() > 0 {
+            self.sampled.touch(site, self.peaks).remove(&part.sampled);
+        } else {
+            self.certain.touch(site, self.peaks).remove(part.certain);
+        }
         self.live.remove(part);
     }
 
@@ -60,23 +77,35 @@ impl HighWaterMark {
 
     /// What each site had then, biggest first.
     pub fn sites(&self) -> Vec<SiteTotals> {
-        let at_peak =
-            self.states.iter().map(|state| if state.peak == self.peaks { state.at_peak } else { state.now });
-        let at_peak = at_peak.map(|totals| if self.peaks == 0 { Totals::default() } else { totals });
-        sorted(self.sites.sites().iter().copied().zip(at_peak))
+        let certain = self.certain.at_peak(self.peaks);
+        let sampled = self.sampled.at_peak(self.peaks);
+        let certain = certain.map(|(site, certain)| (site, Totals { certain, ..Totals::default() }));
+        sum(certain.chain(sampled.map(|(site, sampled)| (site, Totals { sampled, ..Totals::default() }))))
     }
+}
 
-    fn touch(&mut self, site: Site) -> &mut SiteState {
+impl<T: Copy + Default> Book<T> {
+    /// What `site` has, to be changed: if it is what it had at the latest peak, that is kept.
+    fn touch(&mut self, site: Site, peaks: u64) -> &mut T {
         let id = self.sites.id(site);
         if id == self.states.len() {
             // What is new now was not there at the last peak.
-            self.states.push(SiteState { peak: self.peaks, ..SiteState::default() });
+            self.states.push(State { peak: peaks, ..State::default() });
         }
         let state = &mut self.states[id];
-        if state.peak != self.peaks {
+        if state.peak != peaks {
             state.at_peak = state.now;
-            state.peak = self.peaks;
+            state.peak = peaks;
         }
-        state
+        &mut state.now
+    }
+
+    fn at_peak(&self, peaks: u64) -> impl Iterator<Item = (Site, T)> + '_ {
+        let at_peak = move |state: &State<T>| match state.peak == peaks {
+            _ if peaks == 0 => T::default(),
+            true => state.at_peak,
+            false => state.now,
+        };
+        self.sites.sites().iter().copied().zip(self.states.iter().map(at_peak))
     }
 }

@@ -20,14 +20,20 @@ const MORE_SAMPLES: f64 = 2.0;
 /// Bytes in blocks: estimates, where samples are among them.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Totals {
+    pub(super) certain: Certain,
+    pub(super) sampled: Sampled,
+}
+
+/// The part that was recorded for certain.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub(super) struct Certain {
     bytes: u64,
     count: u64,
-    sampled: Sampled,
 }
 
 /// The part that comes from samples.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
-struct Sampled {
+pub(super) struct Sampled {
     samples: u64,
     /// With [`BYTES_FRACTION`] bits of fraction.
     bytes: u64,
@@ -57,7 +63,7 @@ struct Compensated {
 impl Totals {
     /// Recorded for certain.
     pub fn certain(bytes: u64, count: u64) -> Self {
-        Self { bytes, count, sampled: Sampled::default() }
+        Self { certain: Certain { bytes, count }, sampled: Sampled::default() }
     }
 
     /// One allocation with its sampling interval, 0 for certain.
@@ -73,13 +79,12 @@ impl Totals {
             bytes_variance: Variance::of(weight.bytes_variance),
             count_variance: Variance::of(weight.count_variance),
         };
-        Self { sampled, ..Self::default() }
+        Self { certain: Certain::default(), sampled }
     }
 
     /// Adds, stopping at the largest number: sizes come from a file and may be anything.
     pub fn add(&mut self, other: Self) {
-        self.bytes = self.bytes.saturating_add(other.bytes);
-        self.count = self.count.saturating_add(other.count);
+        self.certain.add(other.certain);
         if other.sampled.samples > 0 {
             self.sampled.add(&other.sampled);
         }
@@ -87,8 +92,7 @@ impl Totals {
 
     /// Takes away what was added before.
     pub fn remove(&mut self, other: Self) {
-        self.bytes = self.bytes.saturating_sub(other.bytes);
-        self.count = self.count.saturating_sub(other.count);
+        self.certain.remove(other.certain);
         if other.sampled.samples > 0 {
             self.sampled.remove(&other.sampled);
         }
@@ -96,12 +100,12 @@ impl Totals {
 
     /// Bytes, to the nearest.
     pub fn bytes(&self) -> u64 {
-        self.bytes.saturating_add(rounded(self.sampled.bytes, BYTES_FRACTION))
+        self.certain.bytes.saturating_add(rounded(self.sampled.bytes, BYTES_FRACTION))
     }
 
     /// Blocks, to the nearest.
     pub fn count(&self) -> u64 {
-        self.count.saturating_add(rounded(self.sampled.count, COUNT_FRACTION))
+        self.certain.count.saturating_add(rounded(self.sampled.count, COUNT_FRACTION))
     }
 
     /// Samples among them.
@@ -121,7 +125,7 @@ impl Totals {
 
     /// True if neither bytes nor blocks are left.
     pub fn is_empty(&self) -> bool {
-        self.bytes == 0 && self.count == 0 && self.sampled.samples == 0
+        self.certain == Certain::default() && self.sampled.samples == 0
     }
 
     /// Orders by bytes, then by blocks.
@@ -130,8 +134,20 @@ impl Totals {
     }
 }
 
+impl Certain {
+    pub(super) fn add(&mut self, other: Self) {
+        self.bytes = self.bytes.saturating_add(other.bytes);
+        self.count = self.count.saturating_add(other.count);
+    }
+
+    pub(super) fn remove(&mut self, other: Self) {
+        self.bytes = self.bytes.saturating_sub(other.bytes);
+        self.count = self.count.saturating_sub(other.count);
+    }
+}
+
 impl Sampled {
-    fn add(&mut self, other: &Self) {
+    pub(super) fn add(&mut self, other: &Self) {
         self.samples = self.samples.saturating_add(other.samples);
         self.bytes = self.bytes.saturating_add(other.bytes);
         self.count = self.count.saturating_add(other.count);
@@ -139,7 +155,7 @@ impl Sampled {
         self.count_variance.add(other.count_variance, 1.0);
     }
 
-    fn remove(&mut self, other: &Self) {
+    pub(super) fn remove(&mut self, other: &Self) {
         self.samples = self.samples.saturating_sub(other.samples);
         if self.samples == 0 {
             // Nor is anything left of the rounding of the variances.
@@ -243,7 +259,7 @@ mod tests {
             kept.iter().for_each(|(size, interval)| totals.add(Totals::one(*size, *interval)));
             gone.iter().for_each(|(size, interval)| totals.remove(Totals::one(*size, *interval)));
             let expected = sum(&kept);
-            prop_assert_eq!((totals.bytes, totals.count), (expected.bytes, expected.count));
+            prop_assert_eq!(totals.certain, expected.certain);
             prop_assert_eq!(totals.sampled.bytes, expected.sampled.bytes);
             prop_assert_eq!(totals.sampled.count, expected.sampled.count);
             // Rounding leaves of variances what is nothing beside those that were there.

@@ -81,6 +81,8 @@ pub enum DropReason {
     BufferFull,
     /// The recorder could not make sense of the event.
     Unreadable,
+    /// The agent can't record a call made while it runs itself (by a signal handler), nor more threads than it can tell apart.
+    PassedThrough,
     /// A reason this version does not know.
     Other(u8),
 }
@@ -116,7 +118,12 @@ macro_rules! reason_ids {
         }
     };
 }
-reason_ids!(DropReason, BufferFull = 0 "the buffer was full", Unreadable = 1 "the event could not be read");
+reason_ids!(
+    DropReason,
+    BufferFull = 0 "the buffer was full",
+    Unreadable = 1 "the event could not be read",
+    PassedThrough = 2 "the call was made inside the agent, or by a thread too many"
+);
 reason_ids!(GapReason, Paused = 0 "recording was paused", BreakpointsLifted = 1 "the breakpoints were lifted");
 
 /// One record. Definitions carry only their id; what they define is in the reader's stack table.

@@ -40,6 +40,8 @@ use world::{Reaction, Release, World};
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
 /// `si_code` of the SIGTRAP that int3 raises on x86 (`do_int3_user` of the kernel sends it by `force_sig`).
 const SI_KERNEL: i32 = 0x80;
+/// Between two looks at a world that runs for a while.
+const RUN_PAUSE: Duration = Duration::from_micros(100);
 /// Polls without sleeping before it starts to sleep between them.
 const STOP_SPINS: u32 = 2_000;
 
@@ -388,6 +390,23 @@ impl Inferior {
             self.carry_out(tid, release)?;
         }
         Ok(())
+    }
+
+    /// Lets the world run for a while, then stops it as [`Inferior::stop_to_leave`] does. Meanwhile signals reach their threads (a
+    /// traced thread stops at each: left alone it would come no further than its next signal), and children are let go.
+    pub fn run_for(&mut self, time: Duration) -> Result<(), TraceError> {
+        self.resume()?;
+        let until = Instant::now() + time;
+        while Instant::now() < until {
+            match self.next(Wait::Poll)? {
+                Some(Notice::Trap(tid)) => self.let_go(tid)?,
+                Some(Notice::Forked(child)) => self.release_child(child)?,
+                Some(Notice::ThreadEnded(_)) => {}
+                Some(Notice::Executed | Notice::Ended(_)) => return Err(TraceError::Gone { tid: self.pid }),
+                None => std::thread::sleep(RUN_PAUSE),
+            }
+        }
+        self.stop_to_leave()
     }
 
     /// Lets one stopped thread run on with what it held.

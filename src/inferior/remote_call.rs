@@ -51,12 +51,17 @@ pub struct Gadgets {
     pub restorer: Option<RemoteAddr>,
 }
 
-/// Looks for [`Gadgets`] in the target's executable memory: its libc has all of them, its vDSO a bare `syscall`.
+/// Looks for [`Gadgets`] in the target's executable memory: its libc has all of them, its vDSO a bare `syscall`. The
+/// libc comes first: all that is looked at becomes part of the target's resident set, and a numeric library's code is tens
+/// of megabytes.
 pub fn find_gadgets(pid: i32, memory: &dyn RemoteMemory, maps: &[Mapping]) -> Result<Gadgets, TraceError> {
     let (mut bare, mut with_ret, mut restorer) = (None, None, None);
     // Not in anonymous memory: that may be a region of ours which the call is to unmap.
     let lasting = |m: &&Mapping| m.is_file() || m.backing == Backing::Named("[vdso]".into());
-    for map in maps.iter().filter(|m| m.perms.execute && m.perms.read).filter(lasting) {
+    let mut places: Vec<_> =
+        maps.iter().filter(|m| m.perms.execute && m.perms.read).filter(lasting).collect();
+    places.sort_by_key(|m| !is_libc(m));
+    for map in places {
         let (mut at, end) = (map.start.0, map.end.0.min(map.start.0 + SCAN_LIMIT));
         while at < end {
             let len = SCAN_CHUNK.min(end - at) as usize;
@@ -79,6 +84,13 @@ pub fn find_gadgets(pid: i32, memory: &dyn RemoteMemory, maps: &[Mapping]) -> Re
         path: format!("/proc/{pid}/maps"),
         source: std::io::Error::other("no syscall instruction in executable memory"),
     })
+}
+
+/// By its name alone: glibc's `libc.so.6` and `libc-2.31.so`, musl's `ld-musl-x86_64.so.1`.
+fn is_libc(map: &Mapping) -> bool {
+    let Backing::File { path, .. } = &map.backing else { return false };
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    [&b"libc.so"[..], b"libc-", b"ld-musl-"].iter().any(|start| name.starts_with(start))
 }
 
 /// Writes into the target.
@@ -209,6 +221,8 @@ pub fn decode_result(pid: i32, name: &'static str, raw: u64) -> Result<u64, Trac
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mapping::Perms;
+    use crate::memory::{BytesMemory, ReadError};
 
     #[test]
     fn results_of_the_kernel_are_told_from_errors() {
@@ -216,6 +230,42 @@ mod tests {
         assert_eq!(decode_result(1, "mmap", (-4096_i64) as u64).unwrap(), (-4096_i64) as u64);
         let refused = decode_result(1, "mmap", (-12_i64) as u64);
         assert!(matches!(refused, Err(TraceError::RemoteCall { errno: Errno::ENOMEM, .. })));
+    }
+
+    /// Fails where it is read outside of one place.
+    struct Only(BytesMemory);
+
+    impl RemoteMemory for Only {
+        fn read(&self, addr: RemoteAddr, into: &mut [u8]) -> Result<(), ReadError> {
+            assert!(addr.0 >= 0x9000, "{addr} is not of the libc");
+            self.0.read(addr, into)
+        }
+    }
+
+    #[test]
+    fn nothing_but_the_libc_is_looked_at_for_what_it_has() {
+        let map = |start, path: &str| Mapping {
+            start: RemoteAddr(start),
+            end: RemoteAddr(start + 0x1000),
+            perms: Perms { read: true, execute: true, ..Perms::default() },
+            offset: 0,
+            device: (0, 0),
+            inode: 1,
+            backing: Backing::File { path: path.into(), deleted: false },
+        };
+        for libc in ["/lib/x86_64-linux-gnu/libc.so.6", "/lib/libc-2.31.so", "/lib/ld-musl-x86_64.so.1"] {
+            let maps =
+                [map(0x1000, "/lib/libopenblas.so"), map(0x5000, "/usr/bin/python3"), map(0x9000, libc)];
+            let mut text = vec![0x90; 0x1000];
+            text[0x100..][..3].copy_from_slice(SYSCALL_RET);
+            text[0x200..][..9].copy_from_slice(RESTORERS[0]);
+            let mut memory = BytesMemory::new();
+            memory.map(RemoteAddr(0x9000), text);
+            let memory = Only(memory);
+            let found = find_gadgets(1, &memory, &maps).unwrap();
+            let expected = Gadgets { syscall: RemoteAddr(0x9100), restorer: Some(RemoteAddr(0x9200)) };
+            assert_eq!(found, expected, "{libc}");
+        }
     }
 }
 

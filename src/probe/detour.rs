@@ -91,6 +91,11 @@ impl Trampoline {
         moved.iter().find(|(there, _)| *there == rip).map(|(_, here)| *here)
     }
 
+    /// The jump to the rest.
+    pub fn rest(&self) -> Option<RemoteAddr> {
+        self.instructions.last().map(|(_, here)| *here)
+    }
+
     /// Where a thread goes on in the function that stands at `rip` here, the jump to the rest included.
     pub fn moved_back(&self, rip: RemoteAddr) -> Option<RemoteAddr> {
         self.instructions.iter().find(|(_, here)| *here == rip).map(|(there, _)| *there)

@@ -110,6 +110,15 @@ pub enum ProbeError {
         /// What the kernel said.
         errno: nix::errno::Errno,
     },
+    /// A thread can't be moved out of the bytes that would be overwritten.
+    #[error(
+        "a signal handler of process {pid} runs on a thread that it interrupted in the first bytes of an allocator function, \
+         and does not return: nothing may be written there"
+    )]
+    HandlerStays {
+        /// The target.
+        pid: i32,
+    },
     /// The agent built into this binary is not what the loader expects.
     #[error("heaptap's own in-target agent can't be loaded: {what}")]
     Agent {

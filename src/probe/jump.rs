@@ -20,6 +20,7 @@ use crate::inferior::{Inferior, maps};
 use crate::mapping::Mapping;
 use crate::memory::RemoteMemory;
 use std::mem::offset_of;
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 /// How often planting tries again when a signal handler has interrupted a thread inside the bytes to be overwritten.
@@ -43,10 +44,19 @@ impl Hook {
     /// Where a thread goes on that stands at `rip` inside the covered bytes.
     fn trampolined(&self, rip: RemoteAddr) -> Option<RemoteAddr> {
         let (first, end) = self.covered()?;
+        if rip == end && self.ends_in_syscall() {
+            // Interrupted in that call it would go back to the instruction, should the kernel restart the call.
+            return self.trampoline.as_ref()?.rest();
+        }
         if rip <= first || rip >= end {
             return None;
         }
         self.trampoline.as_ref()?.moved(rip)
+    }
+
+    /// Whether the last of the covered bytes are a `syscall`.
+    fn ends_in_syscall(&self) -> bool {
+        matches!(&self.hooked, Hooked::Body(detour) if detour.file_bytes().ends_with(&[0x0f, 0x05]))
     }
 
     fn is_covered(&self, rip: RemoteAddr) -> bool {
@@ -67,13 +77,10 @@ pub fn plant(inferior: &mut Inferior, loaded: &Loaded) -> Result<(), ProbeError>
             break;
         }
         if tries_left == 0 {
-            return Err(ProbeError::Agent {
-                what: "a signal handler stays over a thread in the first bytes of an allocator".into(),
-            });
+            return Err(ProbeError::HandlerStays { pid: inferior.pid() });
         }
-        inferior.resume()?;
-        std::thread::sleep(PLANT_PAUSE);
-        inferior.stop_to_leave()?;
+        inferior.run_for(PLANT_PAUSE)?;
+        inferior.stop()?;
     }
     move_threads(inferior, |rip| loaded.hooks.iter().find_map(|h| h.trampolined(rip)))?;
     let mut planted = 0;
@@ -186,6 +193,17 @@ pub fn lift(mut inferior: Inferior, loaded: &Loaded, filtered: bool) -> Result<L
     Ok(left)
 }
 
+/// Makes the agent pass everything through, in a process that can't be stopped: somebody else traces it.
+pub fn switch_off(loaded: &Loaded) -> Result<(), ProbeError> {
+    let enabled = loaded.parts.state.0.offset(offset_of!(State, enabled) as u64);
+    let path = format!("/proc/{}/mem", maps::memory_holder(loaded.pid));
+    let written = std::fs::File::options()
+        .write(true)
+        .open(&path)
+        .and_then(|file| file.write_all_at(&0_u32.to_le_bytes(), enabled.0));
+    Ok(written.map_err(|source| TraceError::Proc { path, source })?)
+}
+
 /// Takes the patches back and waits for quiet. The process is stopped afterwards. Answers the thunks of words that hold
 /// something else by now: somebody wrapped the function and may call through them.
 fn lift_hooks(
@@ -213,9 +231,7 @@ fn lift_hooks(
             left.why.push(super::lift::why_busy(inferior));
             return Ok(changed);
         }
-        inferior.resume()?;
-        std::thread::sleep(QUIET_INTERVAL);
-        inferior.stop_to_leave()?;
+        inferior.run_for(QUIET_INTERVAL)?;
     }
 }
 
@@ -256,15 +272,25 @@ impl Presence<'_> {
         let inside = |rip: u64| self.code.iter().any(|(at, len)| rip.wrapping_sub(at.0) < *len);
         let threads = registers(self.inferior)?;
         let unsure = self.inferior.has_guests() || !self.inferior.unstopped().is_empty();
-        if unsure || threads.iter().any(|(_, regs)| inside(regs.rip) || self.holds_thunk(regs)) {
+        if unsure {
+            return Ok(true);
+        }
+        let there = threads.iter().find(|(_, regs)| inside(regs.rip) || self.holds_thunk(regs));
+        if let Some((tid, regs)) = there {
+            tracing::debug!("thread {tid} at {:#x} is in our code or about to call it", regs.rip);
             return Ok(true);
         }
         if let Some(state) = self.state
-            && calls_under_way(self.inferior, state, &threads)?
+            && let Some(tid) = call_under_way(self.inferior, state, &threads)?
         {
+            tracing::debug!("thread {tid} will come back to our code");
             return Ok(true);
         }
-        handler_inside(self.inferior, |rip| inside(rip.0))
+        let interrupted = handler_inside(self.inferior, |rip| inside(rip.0))?;
+        if interrupted {
+            tracing::debug!("a signal handler will return to our code");
+        }
+        Ok(interrupted)
     }
 
     /// A word's value that was loaded to be called.
@@ -286,26 +312,24 @@ fn is_busy(inferior: &Inferior, loaded: &Loaded) -> Result<bool, ProbeError> {
 /// Whether a live thread's slot says that a call will return through the agent, or that the agent was interrupted. What lies
 /// below the thread's stack pointer is over, whatever the slot says; a thread on another stack (a signal handler's own) will
 /// be back.
-fn calls_under_way(
+fn call_under_way(
     inferior: &Inferior,
     state: RemoteAddr,
     threads: &[(i32, Registers)],
-) -> Result<bool, ProbeError> {
+) -> Result<Option<i32>, ProbeError> {
     let slots_at = state.offset(offset_of!(State, slots) as u64);
     let slots = inferior.memory().read_vec(slots_at, SLOTS * size_of::<Slot>())?;
     let maps = mappings(inferior.pid())?;
-    let busy = slots.chunks_exact(size_of::<Slot>()).any(|slot| {
+    let busy = slots.chunks_exact(size_of::<Slot>()).find_map(|slot| {
         let word = |at: usize| u64::from_le_bytes(slot[at..at + 8].try_into().unwrap_or_default());
         let half = |at: usize| u32::from_le_bytes(slot[at..at + 4].try_into().unwrap_or_default());
         let key = word(offset_of!(Slot, key));
-        let Some((_, regs)) = threads.iter().find(|(_, regs)| key != 0 && regs.fs_base == key) else {
-            return false;
-        };
+        let (tid, regs) = threads.iter().find(|(_, regs)| key != 0 && regs.fs_base == key)?;
         let comes_back_to = |rsp: u64| regs.rsp <= rsp || !same_mapping(&maps, regs.rsp, rsp);
         let under_way = half(offset_of!(Slot, depth)) > 0 && comes_back_to(word(offset_of!(Slot, depth_rsp)));
         let in_agent =
             half(offset_of!(Slot, in_agent)) > 0 && comes_back_to(word(offset_of!(Slot, agent_rsp)));
-        under_way || in_agent
+        (under_way || in_agent).then_some(*tid)
     });
     Ok(busy)
 }
@@ -316,7 +340,7 @@ fn same_mapping(maps: &[Mapping], a: u64, b: u64) -> bool {
 
 /// Unmaps what nobody can run into any more, in the name of one thread while the others run.
 fn remove(loaded: &Loaded, wrapped: bool, filtered: bool, left: &mut LeftBehind) -> Result<(), ProbeError> {
-    let mut inferior = match Inferior::seize_thread(loaded.pid) {
+    let mut inferior = match load::seize_to_unload(loaded.pid) {
         Ok(inferior) => inferior,
         Err(error) => {
             left.regions.clone_from(&loaded.regions);

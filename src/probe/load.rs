@@ -7,18 +7,18 @@
 
 use super::agent_image::{AgentImage, Entry};
 use super::error::ProbeError;
-use super::near::{Hook, Hooked, NearRegion, Parts};
+use super::near::{self, Hook, Hooked, NearRegion, Parts};
 use super::place::places;
-use super::region::{Controller, Patch, REGION_LEN};
+use super::region::{Controller, HEADER_LEN, Patch, REGION_LEN};
 use crate::addr::RemoteAddr;
 use crate::agent_abi::{self as abi, PythonFacts, State, function, may};
-use crate::inferior::error::TraceError;
+use crate::inferior::error::{AttachError, TraceError};
 use crate::inferior::remote_call::Call;
 use crate::inferior::{Inferior, facts, maps};
 use nix::errno::Errno;
 use std::mem::offset_of;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE) as u64;
 const READ_EXECUTE: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
@@ -74,6 +74,8 @@ pub struct Settings {
 /// How long a controller may be silent before it is no longer waited for, and before it is taken for dead.
 const PATIENCE: Duration = Duration::from_millis(300);
 const DEAD_AFTER: Duration = Duration::from_secs(3);
+/// How long another tracer is waited for when something of ours has to be unmapped.
+const TRACER_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The agent in a process: mapped and written, not yet led to.
 #[derive(Debug)]
@@ -110,21 +112,41 @@ pub fn load(
     settings: &Settings,
     controller: Controller,
 ) -> Result<Loaded, ProbeError> {
-    let mut loader = Loader { inferior, mapped: Vec::new() };
+    let mut loader = Loader { inferior, header: None, mapped: Vec::new() };
     loader.run(wanted, settings, controller).inspect_err(|_| loader.undo())
 }
 
 /// Unmaps what [`load`] mapped. No thread can be in it any more.
 pub fn unload(inferior: &mut Inferior, parts: &Parts, regions: &[RemoteAddr]) -> Result<(), ProbeError> {
     let others = regions.iter().skip(1).map(|r| (*r, REGION_LEN as u64));
-    let all = [parts.rings, parts.state].into_iter().chain(others).chain([parts.code]);
+    let all = [parts.code].into_iter().chain(others).chain([parts.state, parts.rings]);
     let mapped = all.filter(|(_, len)| *len > 0).collect();
-    let mut loader = Loader { inferior, mapped };
+    let header = regions.first().copied();
+    let mut loader = Loader { inferior, header, mapped };
+    if let Some(first) = header.filter(|first| *first != parts.code.0) {
+        // The first region stays, the agent behind it goes.
+        loader.note(near::CODE_AT, (first, REGION_LEN as u64))?;
+    }
     loader.unmap()
+}
+
+/// Seizes a thread to unmap in the name of. Another heaptap that was refused, or a debugger that had a look, is gone soon.
+pub fn seize_to_unload(pid: i32) -> Result<Inferior, AttachError> {
+    let start = Instant::now();
+    loop {
+        match Inferior::seize_thread(pid) {
+            Err(AttachError::AlreadyTraced { .. }) if start.elapsed() < TRACER_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            other => return other,
+        }
+    }
 }
 
 struct Loader<'a> {
     inferior: &'a mut Inferior,
+    /// The first region. A heaptap that is killed leaves what this names.
+    header: Option<RemoteAddr>,
     mapped: Vec<(RemoteAddr, u64)>,
 }
 
@@ -138,20 +160,19 @@ impl Loader<'_> {
         self.inferior.prepare_calls()?;
         let image = AgentImage::new()?;
         let modules = modules(wanted);
-        let bases = self.map_code(&modules, image.bytes.len() as u64)?;
-        let code = (bases[0], REGION_LEN as u64 + image.bytes.len() as u64);
+        let agent_len = image.bytes.len() as u64;
+        let mut regions = self.map_code(&modules, agent_len, controller)?;
+        let bases: Vec<_> = regions.iter().map(|r| r.base).collect();
+        let code = (bases[0], REGION_LEN as u64 + agent_len);
         let agent = bases[0].offset(REGION_LEN as u64);
         let state = (self.map_state()?, size_of::<State>() as u64);
-        let mut regions: Vec<_> = bases.iter().map(|base| NearRegion::new(*base, controller)).collect();
         for hook in wanted {
             let index = modules.iter().position(|(module, _)| *module == hook.module).unwrap_or(0);
             let entry = image.entry(agent, entry_of(hook.function, settings))?;
             regions[index].add(hook.hooked.clone(), hook.function, entry, state.0)?;
         }
-        // The ring memory's name is read from the header.
-        self.inferior.write(bases[0], &regions[0].bytes)?;
         let len = abi::ring_memory_len(settings.ring_count as usize, settings.ring_len as usize) as u64;
-        let (rings, memfd) = self.map_rings(bases[0].offset(super::near::NAME_AT as u64), len)?;
+        let (rings, memfd) = self.map_rings(bases[0].offset(near::NAME_AT as u64), len)?;
         let parts = Parts { state, rings: (rings, len), code };
         let patches: Vec<Patch> = regions.iter().flat_map(|r| r.hooks.iter().map(|h| h.patch)).collect();
         regions[0].finish_first(&patches, &parts, &bases[1..])?;
@@ -176,18 +197,36 @@ impl Loader<'_> {
         result
     }
 
-    /// A region near each module; the agent lies behind the first.
+    /// A region near each module; the agent lies behind the first. Each gets its header at once, so that what a killed
+    /// heaptap leaves can be found.
     fn map_code(
         &mut self,
         modules: &[(String, RemoteAddr)],
         agent_len: u64,
-    ) -> Result<Vec<RemoteAddr>, ProbeError> {
-        let mut bases = Vec::new();
-        for (i, (module, near)) in modules.iter().enumerate() {
-            let len = REGION_LEN as u64 + if i == 0 { agent_len } else { 0 };
-            bases.push(self.map_near(*near, module, len)?);
+        controller: Controller,
+    ) -> Result<Vec<NearRegion>, ProbeError> {
+        let mut regions = Vec::new();
+        for (module, near) in modules {
+            let is_first = regions.is_empty();
+            let len = REGION_LEN as u64 + if is_first { agent_len } else { 0 };
+            let base = self.map_near(*near, module, len)?;
+            let mut region = NearRegion::new(base, controller);
+            if is_first {
+                region.locate(&Parts { code: (base, len), ..Parts::default() });
+                self.header = Some(base);
+            }
+            self.inferior.write(base, &region.bytes[..HEADER_LEN])?;
+            regions.push(region);
         }
-        Ok(bases)
+        Ok(regions)
+    }
+
+    /// Tells in the first region where a part is, or that it is nowhere any more: from then on the application may have
+    /// something of its own there.
+    fn note(&self, at: usize, (addr, len): (RemoteAddr, u64)) -> Result<(), TraceError> {
+        let Some(header) = self.header else { return Ok(()) };
+        let pair = [addr.0.to_le_bytes(), len.to_le_bytes()].concat();
+        self.inferior.write(header.offset(at as u64), &pair)
     }
 
     fn map_near(&mut self, near: RemoteAddr, module: &str, len: u64) -> Result<RemoteAddr, ProbeError> {
@@ -218,6 +257,7 @@ impl Loader<'_> {
         let len = size_of::<State>() as u64;
         let at = self.call("mmap", libc::SYS_mmap, &[0, len, READ_WRITE, PRIVATE, u64::MAX, 0])?;
         self.mapped.push((RemoteAddr(at), len));
+        self.note(near::STATE_AT, (RemoteAddr(at), len))?;
         self.call("madvise", libc::SYS_madvise, &[at, len, libc::MADV_WIPEONFORK as u64])?;
         self.no_huge_pages(at, len)?;
         Ok(RemoteAddr(at))
@@ -259,9 +299,10 @@ impl Loader<'_> {
         Ok((RemoteAddr(at), file.into()))
     }
 
+    /// Last mapped first: what names the rest goes when the rest is gone.
     fn unmap(&mut self) -> Result<(), ProbeError> {
-        let mut first = Ok(());
-        for (at, len) in std::mem::take(&mut self.mapped) {
+        let mut first = self.note(near::STATE_AT, (RemoteAddr::NULL, 0)).map_err(ProbeError::from);
+        for (at, len) in std::mem::take(&mut self.mapped).into_iter().rev() {
             match self.call("munmap", libc::SYS_munmap, &[at.0, len]) {
                 Ok(_) => {}
                 Err(TraceError::Gone { .. }) if self.inferior.has_ended() => return Ok(()),

@@ -35,6 +35,8 @@ pub const NAME_AT: usize = 176;
 const NAME: &[u8] = b"heaptap\0";
 /// How the kernel names the ring memory's file.
 pub const MEMFD: &str = "memfd:heaptap";
+/// How its descriptors are shown in /proc/PID/fd.
+pub const RING_FILE: &str = "/memfd:heaptap";
 const MAX_OTHERS: usize = 8;
 const MAX_PATCHES: usize = 64;
 
@@ -181,6 +183,15 @@ impl NearRegion {
         self.bytes.extend(agent.0.to_le_bytes());
     }
 
+    /// Names the parts that there are.
+    pub fn locate(&mut self, parts: &Parts) {
+        self.bytes[ABI_AT..ABI_AT + 4].copy_from_slice(&ABI_VERSION.to_le_bytes());
+        for (at, (addr, len)) in [(STATE_AT, parts.state), (RINGS_AT, parts.rings), (CODE_AT, parts.code)] {
+            self.put(at, addr.0);
+            self.put(at + 8, len);
+        }
+    }
+
     /// Completes the first region: all patches of the process, and where everything of ours is.
     pub fn finish_first(
         &mut self,
@@ -192,11 +203,7 @@ impl NearRegion {
             return Err(ProbeError::Agent { what: "more hooks than a region has room for".into() });
         }
         self.bytes[12..16].copy_from_slice(&(patches.len() as u32).to_le_bytes());
-        self.bytes[ABI_AT..ABI_AT + 4].copy_from_slice(&ABI_VERSION.to_le_bytes());
-        for (at, (addr, len)) in [(STATE_AT, parts.state), (RINGS_AT, parts.rings), (CODE_AT, parts.code)] {
-            self.put(at, addr.0);
-            self.put(at + 8, len);
-        }
+        self.locate(parts);
         for (i, other) in others.iter().enumerate() {
             self.put(OTHERS_AT + 8 * i, other.0);
         }

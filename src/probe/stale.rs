@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 /// Bytes of each thread's stack that are searched for return addresses into a region.
 const STACK_SCAN: usize = 256 << 10;
 const PATIENCE: Duration = Duration::from_secs(1);
+const INTERVAL: Duration = Duration::from_millis(2);
 const PAGE: u64 = 4096;
 
 /// A region found in a process.
@@ -109,6 +110,20 @@ impl Stale {
         }
     }
 
+    /// Tells in the first region what is about to be unmapped: should we be killed before that goes too, nobody may take for
+    /// ours what the application has there then.
+    fn withdraw(&self, inferior: &Inferior, keep: bool) -> Result<(), TraceError> {
+        if self.jump.is_none() {
+            return Ok(());
+        }
+        inferior.write(self.base.offset(near::STATE_AT as u64), &[0; 16])?;
+        if keep {
+            let code = [self.base.0.to_le_bytes(), (REGION_LEN as u64).to_le_bytes()].concat();
+            inferior.write(self.base.offset(near::CODE_AT as u64), &code)?;
+        }
+        Ok(())
+    }
+
     /// Everything mapped, the first region last, so that what finds the rest goes when the rest is gone. `keep`: without the
     /// first region.
     fn mapped(&self, maps: &[Mapping], keep: bool) -> Vec<(RemoteAddr, u64)> {
@@ -117,14 +132,14 @@ impl Stale {
         };
         let at = |addr: RemoteAddr| maps.iter().find(|m| m.contains(addr));
         let is_ring =
-            |m: &Mapping| matches!(&m.backing, Backing::File { path, .. } if path.ends_with(near::MEMFD));
-        let rings = at(jump.parts.rings.0).is_some_and(is_ring).then_some(jump.parts.rings);
+            |m: &&Mapping| matches!(&m.backing, Backing::File { path, .. } if path.ends_with(near::MEMFD));
+        let rings = maps.iter().filter(is_ring).map(|m| (m.start, m.len()));
         let private = |m: &Mapping| m.backing == Backing::Anonymous && m.perms.write && !m.perms.execute;
         let state = at(jump.parts.state.0).is_some_and(private).then_some(jump.parts.state);
         let others = jump.others.iter().map(|at| (*at, REGION_LEN as u64));
         let (base, len) = jump.parts.code;
         let first = if keep { REGION_LEN as u64 } else { 0 };
-        rings.into_iter().chain(state).chain(others).chain([(base.offset(first), len - first)]).collect()
+        rings.chain(state).chain(others).chain([(base.offset(first), len - first)]).collect()
     }
 }
 
@@ -142,7 +157,11 @@ pub fn find(memory: &dyn RemoteMemory, maps: &[Mapping]) -> Vec<Stale> {
             let mut stale = parse(base, &memory.read_vec(base, REGION_LEN).ok()?)?;
             if let Some(jump) = &mut stale.jump {
                 let magic = jump.parts.state.0.offset(std::mem::offset_of!(State, magic) as u64);
-                jump.inherited = memory.read_u64(magic).ok() != Some(STATE_MAGIC);
+                // The state is written before the table of patches.
+                let complete = jump.parts.state.1 > 0 && !stale.patches.is_empty();
+                jump.inherited = complete && memory.read_u64(magic).ok() != Some(STATE_MAGIC);
+                // What is not ours any more is none of them.
+                jump.others.retain(|at| memory.read_vec(*at, 8).is_ok_and(|bytes| bytes == near::MAGIC));
             }
             Some(stale)
         })
@@ -226,9 +245,7 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
             left.busy = true;
             return Ok(left);
         }
-        inferior.resume()?;
-        std::thread::sleep(Duration::from_millis(5));
-        inferior.stop_to_leave()?;
+        inferior.run_for(INTERVAL)?;
     }
     let tid = calling_thread(inferior)?;
     let maps = mappings(inferior)?;
@@ -245,12 +262,29 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
             }
             left.regions.push(stale.base);
             left.why = vec![references::WHY.into()];
+            stale.withdraw(inferior, true)?;
             unmap(inferior, tid, &stale.mapped(&maps, true))?;
         } else {
+            stale.withdraw(inferior, false)?;
             unmap(inferior, tid, &stale.mapped(&maps, false))?;
         }
     }
+    close_ring_files(inferior, tid)?;
     Ok(left)
+}
+
+/// A heaptap that was killed between making the ring memory and closing its descriptor left that open.
+fn close_ring_files(inferior: &mut Inferior, tid: i32) -> Result<(), ProbeError> {
+    let folder = format!("/proc/{}/fd", maps::memory_holder(inferior.pid()));
+    let open = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let ours = open.filter(|fd| {
+        std::fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().starts_with(near::RING_FILE))
+    });
+    for fd in ours.filter_map(|fd| fd.file_name().to_str()?.parse().ok()).collect::<Vec<u64>>() {
+        let args = [fd, 0, 0, 0, 0, 0];
+        inferior.remote_syscall(tid, Call { name: "close", number: libc::SYS_close, args })?;
+    }
+    Ok(())
 }
 
 fn unmap(inferior: &mut Inferior, tid: i32, ranges: &[(RemoteAddr, u64)]) -> Result<(), ProbeError> {

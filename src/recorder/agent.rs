@@ -14,7 +14,7 @@ use super::translate::{Translated, Translator};
 use crate::agent_abi::{STATE_MAGIC, State};
 use crate::capture::{CaptureWriter, DropReason, StackId};
 use crate::cpython::Python;
-use crate::inferior::error::TraceError;
+use crate::inferior::error::{AttachError, TraceError};
 use crate::inferior::handle::Handle;
 use crate::inferior::memory::ProcessMemory;
 use crate::inferior::{Inferior, facts, maps};
@@ -34,6 +34,9 @@ const SHORTEST_SLEEP: Duration = Duration::from_micros(100);
 const LONGEST_SLEEP: Duration = Duration::from_millis(4);
 /// How often the target is asked whether it still is what it was.
 const ASK_EVERY: Duration = Duration::from_millis(20);
+/// How long a debugger that came during the recording is waited for, and between two looks.
+const TRACER_PATIENCE: Duration = Duration::from_secs(2);
+const TRACER_PAUSE: Duration = Duration::from_millis(20);
 
 /// Events by the agent.
 pub struct AgentSource {
@@ -58,6 +61,9 @@ pub struct AgentSource {
     /// The target is gone, in this way; what is in the rings still has to be told.
     gone: Option<SourceEvent>,
     unknown_stacks: u64,
+    /// Calls that the agent passed through: as counted there, and how many of them are told.
+    passed: u64,
+    passed_told: u64,
 }
 
 /// What has become of the target.
@@ -94,6 +100,8 @@ impl AgentSource {
             asked: Instant::now(),
             gone: None,
             unknown_stacks: 0,
+            passed: 0,
+            passed_told: 0,
         })
     }
 
@@ -134,6 +142,39 @@ impl AgentSource {
         read.ok().map(|()| u64::from_le_bytes(bytes))
     }
 
+    /// Calls of signal handlers inside the agent, and of threads that it could not tell.
+    fn count_passed(&mut self) {
+        let counted = [offset_of!(State, in_agent), offset_of!(State, without_slot)];
+        let passed = counted.into_iter().filter_map(|at| self.read_state(at)).fold(0, u64::saturating_add);
+        self.passed = self.passed.max(passed);
+    }
+
+    /// Takes the hooks back, or where a debugger came meanwhile at least the agent's leave to record.
+    fn lift(&self) -> Result<LeftBehind, RecordError> {
+        let start = Instant::now();
+        loop {
+            let seized = Inferior::seize(self.loaded.pid);
+            let is_gone = self.read_state(offset_of!(State, magic)).is_none();
+            let error = match seized {
+                // Another program by now, or none: nothing of ours is in it.
+                Ok(inferior) if is_gone => {
+                    inferior.detach()?;
+                    return Ok(LeftBehind::default());
+                }
+                Err(_) if is_gone => return Ok(LeftBehind::default()),
+                Ok(inferior) => return Ok(jump::lift(inferior, &self.loaded, self.seccomp)?),
+                Err(error @ AttachError::AlreadyTraced { .. }) => error,
+                Err(error) => return Err(error.into()),
+            };
+            if start.elapsed() > TRACER_PATIENCE {
+                jump::switch_off(&self.loaded)?;
+                let regions = self.loaded.regions.clone();
+                return Ok(LeftBehind { regions, why: vec![error.to_string()], busy: true });
+            }
+            std::thread::sleep(TRACER_PAUSE);
+        }
+    }
+
     fn condition(&self) -> Condition {
         if self.read_state(offset_of!(State, magic)) == Some(STATE_MAGIC) {
             return match self.read_state(offset_of!(State, enabled)) {
@@ -172,6 +213,11 @@ impl AgentSource {
         }
         if unreadable > 0 {
             return Some(SourceEvent::Missing(unreadable, DropReason::Unreadable));
+        }
+        let passed = self.passed - self.passed_told;
+        if passed > 0 {
+            self.passed_told = self.passed;
+            return Some(SourceEvent::Missing(passed, DropReason::PassedThrough));
         }
         while let Some(event) = self.merger.peek().copied() {
             if let Some(translated) = self.translator.translate(&event) {
@@ -244,6 +290,7 @@ impl RecordSource for AgentSource {
 
     fn every_second(&mut self) -> Result<(), RecordError> {
         self.clock.refine();
+        self.count_passed();
         Ok(())
     }
 
@@ -260,17 +307,8 @@ impl RecordSource for AgentSource {
     }
 
     fn finish(mut self, ledger: &mut Ledger) -> Result<Finished, RecordError> {
-        let seized = Inferior::seize(self.loaded.pid);
-        let is_gone = self.read_state(offset_of!(State, magic)).is_none();
-        let lifted = match seized {
-            // Another program by now, or none: nothing of ours is in it.
-            Ok(inferior) if is_gone => {
-                inferior.detach().map(|()| LeftBehind::default()).map_err(RecordError::from)
-            }
-            Err(_) if is_gone => Ok(LeftBehind::default()),
-            Ok(inferior) => jump::lift(inferior, &self.loaded, self.seccomp).map_err(RecordError::from),
-            Err(error) => Err(error.into()),
-        };
+        self.count_passed();
+        let lifted = self.lift();
         // The target was let go; what it told until then is recorded whatever became of that.
         let failed = self.drain(ledger).err();
         Ok(Finished { left: lifted?, failed })

@@ -122,7 +122,7 @@ fn load_with<T>(
 }
 
 fn unload(examined: &Examined, loaded: &Loaded) -> Result<(), RecordError> {
-    let mut one = Inferior::seize_thread(loaded.pid)?;
+    let mut one = load::seize_to_unload(loaded.pid)?;
     let unloaded =
         load_with(&mut one, examined, |one| Ok(load::unload(one, &loaded.parts, &loaded.regions)?));
     one.detach()?;
@@ -202,13 +202,13 @@ fn settings(jump: &JumpOptions, examined: &Examined) -> Result<Settings, RecordE
     })
 }
 
-/// Calls to the mmap family that are an allocator's own. CPython's allocators are seen on the stack when every event is recorded, and
-/// what else takes memory of the same functions (frame stacks) is then told from them.
+/// Calls to the mmap family that are an allocator's own. CPython's allocators are seen on the stack when every event is recorded, or
+/// somebody has wrapped them, and what else takes memory of the same functions (frame stacks) is then told from them.
 fn internal_callers(examined: &Examined, exact: bool) -> Result<Vec<[u64; 2]>, RecordError> {
     let memory = ProcessMemory::new(examined.pid);
     let Examined { modules, python, plan, .. } = examined;
     let mut of_python: Vec<RemoteAddr> = Vec::new();
-    if !exact && !plan.words.is_empty() {
+    if !exact && examined.pass_on_tables {
         of_python.extend(plan.words.iter().map(|word| word.value));
         match python.arena_allocator(&memory, &binaries(modules)) {
             Ok(arenas) => of_python.extend([arenas.alloc, arenas.free]),

@@ -33,6 +33,8 @@ pub struct Allocation {
     pub size: u64,
     /// Where the block is.
     pub address: u64,
+    /// Mean distance in bytes of the samples of which it is one; 0 where every event is recorded.
+    pub interval: u64,
     /// Thread that allocated.
     pub tid: i64,
     /// Innermost frame first; empty for a thread without a Python state.
@@ -57,6 +59,7 @@ struct Line {
     #[serde(rename = "bytes")]
     size: Option<u64>,
     address: Option<u64>,
+    interval: Option<u64>,
     tid: Option<i64>,
     /// Of an allocation: the id of its stack, 0 for the empty one.
     stack: Option<u64>,
@@ -121,6 +124,7 @@ impl Dump {
                     allocator: line.allocator.unwrap_or_else(|| panic!("no allocator in {text}")),
                     size: need(line.size),
                     address: need(line.address),
+                    interval: line.interval.unwrap_or(0),
                     tid: line.tid.unwrap_or_else(|| panic!("no tid in {text}")),
                     stack,
                     live: need(line.size),

@@ -78,6 +78,16 @@ impl Recording {
             .unwrap_or_else(|refusal| panic!("attach: {refusal}"))
     }
 
+    /// Attaches by a heaptap that tells what it does (`HEAPTAP_LOG=debug`): in [`Capture::stderr`] in the end.
+    pub fn attach_logging(target: &Target, arguments: &[&str]) -> Recording {
+        let mut command = heaptap();
+        command.env("HEAPTAP_LOG", "debug");
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("capture.heaptap");
+        Recording::try_attach_into(command, target.pid(), path, folder, arguments)
+            .unwrap_or_else(|refusal| panic!("attach: {refusal}"))
+    }
+
     /// [`Recording::try_attach`] into a file of the caller's choice.
     pub fn try_attach_to(pid: i32, path: &Path, arguments: &[&str]) -> Result<Recording, String> {
         let folder = tempfile::tempdir().expect("a temporary folder");

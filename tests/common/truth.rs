@@ -112,6 +112,57 @@ impl Truth {
         found
     }
 
+    /// Panics unless every claim is within 5 standard deviations of what the samples of its line and size stand for, what was freed
+    /// is, and no samples are of anything else that the fixture would have claimed.
+    pub fn assert_estimated(&self, dump: &Dump) {
+        let mut found = Vec::new();
+        let mut samples: BTreeMap<Key, Vec<&Allocation>> = BTreeMap::new();
+        for allocation in &dump.allocations {
+            if let Some(key) = self.key(allocation) {
+                samples.entry(key).or_default().push(allocation);
+            }
+        }
+        for claim in &self.records {
+            let class = class(&claim.allocator, &claim.allocator).to_owned();
+            let own =
+                samples.remove(&(class, claim.function.clone(), claim.line, claim.size)).unwrap_or_default();
+            // The mmap family is recorded whole.
+            let p = |a: &Allocation| {
+                if a.interval == 0 { 1.0 } else { -(-(a.size as f64) / a.interval as f64).exp_m1() }
+            };
+            let estimate: f64 = own.iter().map(|a| 1.0 / p(a)).sum();
+            let variance: f64 = own.first().map_or(0.0, |a| claim.count as f64 * (1.0 - p(a)) / p(a));
+            let off = (estimate - claim.count as f64).abs();
+            if own.is_empty() || off > 5.0 * variance.sqrt() + 1e-6 {
+                found.push(format!(
+                    "{} line {}, {} of {} bytes: {} samples stand for {estimate:.0} (standard deviation {:.0})",
+                    claim.function, claim.line, claim.count, claim.size, own.len(), variance.sqrt()
+                ));
+            }
+            let live = own.iter().filter(|a| !a.is_freed()).count();
+            if claim.freed == claim.count && live > 0 || claim.freed == 0 && live < own.len() {
+                found.push(format!(
+                    "{} line {}: {live} of {} samples are live",
+                    claim.function,
+                    claim.line,
+                    own.len()
+                ));
+            }
+        }
+        found.extend(
+            samples
+                .into_iter()
+                .map(|(key, own)| format!("{key:?}: not in the fixture, {} samples", own.len())),
+        );
+        self.compare_silence(dump, &mut found);
+        assert!(
+            found.is_empty(),
+            "{}: the samples are not of the truth:\n  {}",
+            self.file,
+            found.join("\n  ")
+        );
+    }
+
     /// Panics with all differences.
     pub fn assert_matches(&self, dump: &Dump) {
         let found = self.differences(dump);
