@@ -8,10 +8,11 @@ use super::clock::Clock;
 use super::ledger::Ledger;
 use super::merge::Merger;
 use super::plant::Planted;
+use super::reconcile::Reconciler;
 use super::source::{Finished, RecordSource, SourceEvent, enter};
 use super::told::Told;
 use super::translate::{Translated, Translator};
-use crate::agent_abi::{STATE_MAGIC, State};
+use crate::agent_abi::{STATE_MAGIC, State, TRACKED_BUCKETS};
 use crate::capture::{CaptureWriter, DropReason, StackId};
 use crate::cpython::Python;
 use crate::inferior::error::{AttachError, TraceError};
@@ -44,6 +45,7 @@ pub struct AgentSource {
     /// Keeps the agent from taking us for dead.
     _heart: Heart,
     merger: Merger<Told>,
+    reconciler: Reconciler,
     translator: Translator,
     clock: Clock,
     python: Python,
@@ -89,6 +91,7 @@ impl AgentSource {
             clock: Clock::start(settings.ticks_per_second),
             loaded,
             _heart: heart,
+            reconciler: Reconciler::default(),
             translator: Translator::default(),
             python,
             memory: ProcessMemory::new(pid),
@@ -113,6 +116,9 @@ impl AgentSource {
         let now = ticks();
         self.merger.rings().beat(now);
         let found = self.merger.look(now);
+        if found.fresh == 0 {
+            self.reconciler.all_told();
+        }
         if found.fresh > 0 {
             self.idle = 0;
         } else {
@@ -190,9 +196,35 @@ impl AgentSource {
         }
     }
 
+    /// Addresses of the samples that the agent knows; `None` if it is gone.
+    fn table(&self) -> Option<Vec<u64>> {
+        let mut bytes = vec![0; size_of::<[[u64; 8]; TRACKED_BUCKETS]>()];
+        let at = self.loaded.parts.state.0.0 + offset_of!(State, tracked) as u64;
+        self.mem_file.read_exact_at(&mut bytes, at).ok()?;
+        let words = bytes.chunks_exact(8).filter_map(|word| word.try_into().ok().map(u64::from_le_bytes));
+        Some(words.filter(|address| *address != 0).collect())
+    }
+
+    /// Before the agent's table goes: which samples it doesn't know any more.
+    fn suspect(&mut self, ledger: &mut Ledger) -> Result<(), RecordError> {
+        self.merger.look(ticks());
+        self.tell_ready(ledger)?;
+        if ledger.live().has_samples()
+            && let Some(table) = self.table()
+        {
+            self.reconciler.suspect(ledger, &table);
+        }
+        Ok(())
+    }
+
     /// Everything that is left in the rings.
     fn drain(&mut self, ledger: &mut Ledger) -> Result<(), RecordError> {
         self.merger.look_last(ticks());
+        self.tell_ready(ledger)?;
+        self.reconciler.settle(ledger)
+    }
+
+    fn tell_ready(&mut self, ledger: &mut Ledger) -> Result<(), RecordError> {
         while let Some(event) = self.ready() {
             match event {
                 SourceEvent::Call { tid, observation, interval } => {
@@ -209,6 +241,7 @@ impl AgentSource {
     fn ready(&mut self) -> Option<SourceEvent> {
         let Missing { full, unreadable } = self.merger.take_missing();
         if full > 0 {
+            self.reconciler.dropped();
             return Some(SourceEvent::Missing(full, DropReason::BufferFull));
         }
         if unreadable > 0 {
@@ -217,6 +250,7 @@ impl AgentSource {
         let passed = self.passed - self.passed_told;
         if passed > 0 {
             self.passed_told = self.passed;
+            self.reconciler.dropped();
             return Some(SourceEvent::Missing(passed, DropReason::PassedThrough));
         }
         while let Some(event) = self.merger.peek().copied() {
@@ -288,10 +322,13 @@ impl RecordSource for AgentSource {
         Ok(())
     }
 
-    fn every_second(&mut self) -> Result<(), RecordError> {
+    fn every_second(&mut self, ledger: &mut Ledger) -> Result<(), RecordError> {
         self.clock.refine();
         self.count_passed();
-        Ok(())
+        let mut reconciler = std::mem::take(&mut self.reconciler);
+        let stepped = reconciler.step(ledger, || self.table());
+        self.reconciler = reconciler;
+        stepped
     }
 
     fn python(&self) -> &Python {
@@ -308,9 +345,10 @@ impl RecordSource for AgentSource {
 
     fn finish(mut self, ledger: &mut Ledger) -> Result<Finished, RecordError> {
         self.count_passed();
+        let suspected = self.suspect(ledger);
         let lifted = self.lift();
         // The target was let go; what it told until then is recorded whatever became of that.
-        let failed = self.drain(ledger).err();
+        let failed = suspected.and_then(|()| self.drain(ledger)).err();
         Ok(Finished { left: lifted?, failed })
     }
 

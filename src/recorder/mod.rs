@@ -14,6 +14,7 @@ pub mod locations;
 pub mod look;
 pub mod merge;
 pub mod plant;
+pub mod reconcile;
 pub mod record;
 pub mod source;
 mod stripes;

@@ -102,7 +102,7 @@ impl Run {
     /// What no chance excuses: each block has a size that the place asked for, and what is told as live
     /// lives, with its size.
     pub fn assert_sound(&self, truth: &Truth) {
-        assert_eq!(self.missed_frees, 0);
+        assert!(self.missed_frees <= self.drops, "{} frees not seen", self.missed_frees);
         for (name, event, lives) in &self.allocations {
             let place = &truth.places[name];
             assert_eq!(event.allocator.name(), place.allocator, "{name}");
@@ -126,15 +126,12 @@ impl Run {
                 .map(|(_, event, _)| event.size)
                 .collect();
             let mut expected = place.sizes.clone();
-            (sizes.sort_unstable(), expected.sort_unstable());
+            sizes.sort_unstable();
+            expected.sort_unstable();
             assert!(sizes == expected, "{name}: {} of {}", sizes.len(), expected.len());
             let lives = self.allocations.iter().filter(|(of, _, lives)| of == name && *lives).count();
             assert_eq!(lives, place.live.len(), "{name}");
         }
-    }
-
-    pub fn samples(&self) -> u64 {
-        self.allocations.len() as u64
     }
 
     pub fn sizes(&self) -> Vec<(String, u64)> {
