@@ -234,8 +234,6 @@ impl Rings {
     pub fn heart(&self) -> std::io::Result<Heart> {
         self.memory.beat(ticks());
         let memory = Arc::clone(&self.memory);
-        // The thread may be late on a busy machine, and an agent that is planted before it has beaten once would switch itself off.
-        memory.beat(ticks());
         let (stop, stopped) = channel::<()>();
         let thread = std::thread::Builder::new().name("heartbeat".into()).spawn(move || {
             loop {
