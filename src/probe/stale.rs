@@ -139,7 +139,9 @@ impl Stale {
         let others = jump.others.iter().map(|at| (*at, REGION_LEN as u64));
         let (base, len) = jump.parts.code;
         let first = if keep { REGION_LEN as u64 } else { 0 };
-        rings.chain(state).chain(others).chain([(base.offset(first), len - first)]).collect()
+        // Where only the first region was left, there is nothing behind it.
+        let behind = Some((base.offset(first), len.saturating_sub(first))).filter(|(_, len)| *len > 0);
+        rings.chain(state).chain(others).chain(behind).collect()
     }
 }
 
