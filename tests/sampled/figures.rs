@@ -35,7 +35,7 @@ impl Figures {
 
     /// Adds a run: each place's and all places' bytes and blocks, of all allocations and of the live ones.
     pub fn add(&mut self, truth: &Truth, run: &Run) {
-        // A sample does not wait for a thread that was interrupted while it wrote one: on a busy machine some are dropped. Such a
+        // A sample does not wait for long for a thread that was interrupted while it wrote one: on a busy machine some are dropped. Such a
         // capture says so; its estimates are too low by what was dropped.
         if run.drops > 0 {
             self.spoiled += 1;
