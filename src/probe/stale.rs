@@ -139,7 +139,9 @@ impl Stale {
         let others = jump.others.iter().map(|at| (*at, REGION_LEN as u64));
         let (base, len) = jump.parts.code;
         let first = if keep { REGION_LEN as u64 } else { 0 };
-        rings.chain(state).chain(others).chain([(base.offset(first), len - first)]).collect()
+        // Kept a second time, nothing lies behind the first region any more.
+        let code = [(base.offset(first), len - first)].into_iter().filter(|(_, len)| *len > 0);
+        rings.chain(state).chain(others).chain(code).collect()
     }
 }
 
