@@ -5,161 +5,25 @@
 //! `scripts/memory-at-scale` runs both and takes the difference. Knows nothing of live processes: what stopping a
 //! thread costs is measured there on a real one.
 
-use heaptap::addr::RemoteAddr;
+mod made_up;
+
 use heaptap::capture::{BreakpointKind, CaptureWriter, EndReason, Header, Trailer};
 use heaptap::cpython::Location;
 use heaptap::probe::calls::Observation;
-use heaptap::probe::function::{Answer, Function, Request};
 use heaptap::recorder::ledger::{Ledger, Origin};
 use heaptap::recorder::locations::Locations;
-use std::collections::VecDeque;
+use made_up::{Server, Take, peak_rss};
 use std::error::Error;
-use std::sync::Arc;
 use std::time::Instant;
 
-/// Distinct stacks, of 20 to 40 frames: what a large web application shows.
-const STACKS: u64 = 6000;
-/// Threads that allocate, in bursts.
-const THREADS: u64 = 8;
 /// One event takes this long with trap breakpoints, as the capture's clock shall see.
 const NS_PER_EVENT: u64 = 35_000;
-
-/// xorshift: the stream is the same on every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % limit
-    }
-
-    /// Small numbers often, large ones seldom.
-    fn skewed(&mut self, limit: u64) -> u64 {
-        let most = self.below(limit) + 1;
-        let some = self.below(most) + 1;
-        self.below(some)
-    }
-}
-
-/// A heap with size classes whose freed blocks are given out again, last first, as malloc does.
-#[derive(Default)]
-struct Heap {
-    free: Vec<Vec<u64>>,
-    top: u64,
-}
-
-impl Heap {
-    fn class(size: u64) -> usize {
-        (size.max(24) + 8).div_ceil(16) as usize
-    }
-
-    fn allocate(&mut self, size: u64) -> u64 {
-        let class = Self::class(size);
-        self.free.resize(self.free.len().max(class + 1), Vec::new());
-        self.free[class].pop().unwrap_or_else(|| {
-            self.top += 16 * class as u64;
-            0x5555_5600_0000 + self.top
-        })
-    }
-
-    fn release(&mut self, address: u64, size: u64) {
-        self.free[Self::class(size)].push(address);
-    }
-}
-
-/// Makes the calls up: nine blocks of ten are freed soon, the tenth when `live_blocks` others are older.
-struct Server {
-    random: Random,
-    stacks: Vec<Vec<Location>>,
-    heap: Heap,
-    soon: VecDeque<(u64, u64)>,
-    late: Vec<(u64, u64)>,
-    live_blocks: usize,
-    tid: i32,
-    events: u64,
-}
-
-impl Server {
-    fn new(live_blocks: usize) -> Self {
-        let mut random = Random(0x1234_5678_9abc_def1);
-        let file: Arc<str> = "/srv/shop/handlers.py".into();
-        let names: Vec<Arc<str>> = (0..1000).map(|n| format!("Shop.handler_{n}").into()).collect();
-        let stacks = (0..STACKS)
-            .map(|n| {
-                let depth = 20 + random.below(20);
-                let mut stack: Vec<Location> = (0..depth)
-                    .map(|level| {
-                        let which = if level < 12 { level } else { random.below(names.len() as u64) };
-                        let function = Arc::clone(&names[which as usize]);
-                        Location { function, file: Arc::clone(&file), line: Some(10 + (n % 90) as u32) }
-                    })
-                    .collect();
-                stack.reverse();
-                stack
-            })
-            .collect();
-        let (heap, soon) = (Heap::default(), VecDeque::with_capacity(64));
-        let late = Vec::with_capacity(live_blocks + 1);
-        Self { random, stacks, heap, soon, late, live_blocks, tid: 1, events: 0 }
-    }
-
-    /// One allocation and the frees that follow it.
-    fn step(&mut self, take: &mut impl Take) -> Result<(), Box<dyn Error>> {
-        if self.events.is_multiple_of(50) {
-            self.tid = 4242 + self.random.below(THREADS) as i32;
-        }
-        let size = 16 + self.random.skewed(2000);
-        let address = self.heap.allocate(size);
-        let stack = self.random.skewed(STACKS) as usize;
-        let request = Request::Allocate { size: Some(size) };
-        let answer = Answer::Address(RemoteAddr(address));
-        let call = Observation::Ended { function: Function::Malloc, request, answer };
-        take.call(self.events, self.tid, call, &self.stacks[stack])?;
-        self.events += 1;
-        if self.random.below(10) == 0 {
-            self.late.push((address, size));
-        } else {
-            self.soon.push_back((address, size));
-        }
-        while self.soon.len() as u64 > 1 + self.random.below(30) {
-            let at = self.random.below(self.soon.len() as u64) as usize;
-            let Some(block) = self.soon.remove(at) else { break };
-            self.free(block, take)?;
-        }
-        if self.late.len() > self.live_blocks {
-            let at = self.random.below(self.late.len() as u64) as usize;
-            let block = self.late.swap_remove(at);
-            self.free(block, take)?;
-        }
-        Ok(())
-    }
-
-    fn free(&mut self, (address, size): (u64, u64), take: &mut impl Take) -> Result<(), Box<dyn Error>> {
-        let freed = Observation::Freed { function: Function::Free, address: RemoteAddr(address) };
-        take.call(self.events, self.tid, freed, &[])?;
-        self.heap.release(address, size);
-        self.events += 1;
-        Ok(())
-    }
-}
-
-/// Who is told of calls.
-trait Take {
-    fn call(
-        &mut self,
-        at: u64,
-        tid: i32,
-        call: Observation,
-        stack: &[Location],
-    ) -> Result<(), Box<dyn Error>>;
-}
 
 /// The recording side.
 struct Recorder {
     ledger: Ledger,
     locations: Locations,
+    stacks: Vec<Vec<Location>>,
 }
 
 impl Take for Recorder {
@@ -168,32 +32,29 @@ impl Take for Recorder {
         at: u64,
         tid: i32,
         call: Observation,
-        stack: &[Location],
+        stack: Option<usize>,
     ) -> Result<(), Box<dyn Error>> {
         self.ledger.time(at * NS_PER_EVENT);
-        let stack = self.locations.intern(stack, self.ledger.writer())?;
+        let frames = stack.map_or(&[][..], |stack| &self.stacks[stack]);
+        let stack = self.locations.intern(frames, self.ledger.writer())?;
         Ok(self.ledger.observe(tid, call, Origin { stack, interval: 0 })?)
     }
 }
 
-/// Throws calls away, having looked at the stack as the ledger has to.
-#[derive(Default)]
-struct Nobody(usize);
+/// Throws calls away.
+struct Nobody;
 
 impl Take for Nobody {
-    fn call(&mut self, _: u64, _: i32, call: Observation, stack: &[Location]) -> Result<(), Box<dyn Error>> {
-        self.0 = self.0.wrapping_add(std::hint::black_box(stack).len());
-        std::hint::black_box(call);
+    fn call(
+        &mut self,
+        _: u64,
+        _: i32,
+        call: Observation,
+        stack: Option<usize>,
+    ) -> Result<(), Box<dyn Error>> {
+        std::hint::black_box((call, stack));
         Ok(())
     }
-}
-
-/// The most memory this process ever had resident, in bytes (`VmHWM` of proc_pid_status(5)).
-fn peak_rss() -> Result<u64, Box<dyn Error>> {
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).ok_or("no VmHWM")?;
-    let kilobytes: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
-    Ok(kilobytes * 1024)
 }
 
 fn run(server: &mut Server, events: u64, take: &mut impl Take) -> Result<f64, Box<dyn Error>> {
@@ -214,7 +75,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (mut file_bytes, mut kept) = (0, 0);
     let seconds;
     if capture == "-" {
-        seconds = run(&mut server, events, &mut Nobody::default())?;
+        seconds = run(&mut server, events, &mut Nobody)?;
     } else {
         let header = Header {
             pid: 4242,
@@ -224,7 +85,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             ..Header::default()
         };
         let ledger = Ledger::new(CaptureWriter::create(capture, true, &header)?, 4096);
-        let mut recorder = Recorder { ledger, locations: Locations::default() };
+        let mut recorder =
+            Recorder { ledger, locations: Locations::default(), stacks: server.stacks.clone() };
         seconds = run(&mut server, events, &mut recorder)?;
         let mut ledger = recorder.ledger;
         kept = ledger.live().live_blocks();

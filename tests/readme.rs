@@ -1,7 +1,12 @@
-//! The README's table of versions is made from `cpython-layouts`, never by hand.
+//! The README's table of versions is made from `cpython-layouts` and from what the live tests hold, never by hand: a cell says "yes" where
+//! `tests/attach_records.rs`, `tests/attach_flavours.rs` and the other live tests record.
 //!
 //! `HEAPTAP_BLESS=1 cargo test --test readme` writes it.
 
+mod common;
+
+use common::Kind;
+use common::pythons::promised;
 use heaptap::cpython::Flavour;
 use heaptap::cpython::layout::catalog;
 use std::fmt::Write;
@@ -12,12 +17,32 @@ const END: &str = "<!-- versions: end -->";
 
 fn table() -> String {
     let mut out = String::from(
-        "| CPython | Build | `stacks` | `attach` | Layout measured on |\n|---|---|---|---|---|\n",
+        "| CPython | Build | `stacks` | `attach`, sampled and `--exact` | `--python-allocators` | `--breakpoints trap` | Layout measured on |\n\
+         |---|---|---|---|---|---|---|\n",
     );
     for file in catalog::files().unwrap() {
-        let attach = if file.flavour == Flavour::FreeThreaded { "no" } else { "yes" };
+        let flavour = match file.flavour {
+            Flavour::Default => common::Flavour::Default,
+            Flavour::FreeThreaded => common::Flavour::FreeThreaded,
+            Flavour::Debug => common::Flavour::Debug,
+        };
+        let records = |kind| match (promised(flavour, "glibc", kind), promised(flavour, "musl", kind)) {
+            (true, true) => "yes",
+            (true, false) => "glibc",
+            _ => "no",
+        };
+        let jump = records(Kind::Jump);
+        let tables = if file.flavour == Flavour::FreeThreaded { "always" } else { jump };
+        let trap = records(Kind::Trap);
         let on: Vec<&str> = file.measured.iter().map(|m| m.version.as_str()).collect();
-        writeln!(out, "| {} | {} | yes | {attach} | {} |", file.minor, file.flavour, on.join(", ")).unwrap();
+        writeln!(
+            out,
+            "| {} | {} | yes | {jump} | {tables} | {trap} | {} |",
+            file.minor,
+            file.flavour,
+            on.join(", ")
+        )
+        .unwrap();
     }
     out
 }

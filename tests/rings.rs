@@ -96,6 +96,18 @@ fn play(plan: Plan) {
     assert_eq!(recorder.told, history.records(), "{plan:?}");
 }
 
+/// The agent takes a controller that it never heard of for a dead one, and its first event may be the next thing that happens.
+#[test]
+fn a_heart_has_beaten_when_it_is_there() {
+    // Often: on an idle machine a new thread's first turn comes soon.
+    for _ in 0..200 {
+        let file = RingFile::new(1, 32 << 10);
+        let rings = file.rings();
+        let _heart = rings.heart().unwrap();
+        assert_ne!(file.heartbeat(), 0);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -278,15 +290,5 @@ proptest! {
         merger.look_last(1 << 40);
         told(&mut merger);
         prop_assert!(merger.peek().is_none());
-    }
-}
-
-#[test]
-fn the_heart_beats_before_the_first_event_can_come() {
-    for _ in 0..50 {
-        let file = RingFile::new(1, 32 << 10);
-        let heart = file.rings().heart().unwrap();
-        assert_ne!(file.heartbeat(), 0, "the agent would take us for dead");
-        drop(heart);
     }
 }

@@ -2,6 +2,7 @@
 
 use super::error::{AttachError, TraceError};
 use super::maps;
+use super::stop::StopEvent;
 use procfs::ProcError;
 use procfs::process::{Process, Status};
 
@@ -27,6 +28,23 @@ pub fn state(pid: i32, tid: i32) -> Option<char> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
     // The name may hold spaces and parentheses: the state follows the last ')'.
     stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
+/// The most memory that we ourselves had resident, in bytes; 0 if the kernel won't say.
+pub fn peak_resident() -> u64 {
+    let status = Process::myself().and_then(|p| p.status()).ok();
+    status.and_then(|s| s.vmhwm).map_or(0, |kilobytes| kilobytes * 1024)
+}
+
+/// How process `pid` ended, while nobody has waited for it.
+pub fn zombie(pid: i32) -> Option<StopEvent> {
+    let stat = Process::new(pid).and_then(|p| p.stat()).ok()?;
+    // The status as waitpid(2) gives it.
+    let status = stat.exit_code.filter(|_| stat.state == 'Z')?;
+    match status & 0x7f {
+        0 => Some(StopEvent::Exited(status >> 8 & 0xff)),
+        signal => Some(StopEvent::Killed(signal)),
+    }
 }
 
 /// Ids of the threads of `pid` now.

@@ -229,11 +229,11 @@ impl Rings {
         self.memory.beat(now);
     }
 
-    /// Keeps the heartbeat from a thread of its own: a slow disk must not look like a dead controller. The first beat is made
-    /// here: on a busy machine the thread may come too late for the first event, and no beat at all looks like death.
+    /// Keeps the heartbeat from a thread of its own: a slow disk must not look like a dead controller. It has beaten when this
+    /// returns: on a busy machine the thread's first turn may come after the agent's first event, which would find nobody alive.
     pub fn heart(&self) -> std::io::Result<Heart> {
+        self.memory.beat(ticks());
         let memory = Arc::clone(&self.memory);
-        memory.beat(ticks());
         let (stop, stopped) = channel::<()>();
         let thread = std::thread::Builder::new().name("heartbeat".into()).spawn(move || {
             loop {

@@ -1,37 +1,35 @@
 //! The source of the jump kind: the in-target agent writes events into rings, nobody traces the target.
 //!
-//! That the target ended or executed another program is told by its memory, which is gone then; what was published before is still
-//! in the rings, which are ours, too.
+//! The loop: look what was published, tell it in order, sleep as long as the rings allow ([`super::nap`]). That the target ended or
+//! executed another program is told by its memory, which is gone then ([`super::target_state`]); what was published before is
+//! still in the rings, which are ours, too, and is told to the end.
 
 use super::RecordError;
 use super::clock::Clock;
+use super::guard::Guard;
 use super::ledger::Ledger;
 use super::merge::Merger;
+use super::nap::Nap;
 use super::plant::Planted;
-use super::source::{Finished, RecordSource, SourceEvent, enter};
+use super::source::{Finished, RecordSource, SourceCounts, SourceEvent, enter};
+use super::target_state::{Condition, TargetState};
+use super::tids::Tids;
 use super::told::Told;
 use super::translate::{Translated, Translator};
-use crate::agent_abi::{STATE_MAGIC, State};
 use crate::capture::{CaptureWriter, DropReason, StackId};
 use crate::cpython::Python;
-use crate::inferior::error::{AttachError, TraceError};
+use crate::inferior::Inferior;
+use crate::inferior::error::AttachError;
 use crate::inferior::handle::Handle;
 use crate::inferior::memory::ProcessMemory;
-use crate::inferior::{Inferior, facts, maps};
 use crate::memory::RemoteMemory;
 use crate::probe::jump;
 use crate::probe::lift::LeftBehind;
 use crate::probe::load::Loaded;
 use crate::probe::ring::{Heart, Missing, ticks};
 use crate::probe::ring_record::{Event, What};
-use std::mem::offset_of;
-use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-/// Looks without an event before the recorder sleeps, and how it sleeps then: each time twice as long.
-const LOOKS_BEFORE_SLEEP: u32 = 50;
-const SHORTEST_SLEEP: Duration = Duration::from_micros(100);
-const LONGEST_SLEEP: Duration = Duration::from_millis(4);
 /// How often the target is asked whether it still is what it was.
 const ASK_EVERY: Duration = Duration::from_millis(20);
 /// How long a debugger that came during the recording is waited for, and between two looks.
@@ -46,107 +44,117 @@ pub struct AgentSource {
     merger: Merger<Told>,
     translator: Translator,
     clock: Clock,
+    tids: Tids,
     python: Python,
     memory: ProcessMemory,
-    /// The memory of the program that was attached to: not that of one it executes later.
-    mem_file: std::fs::File,
-    /// Tells when it has ended, and how.
-    handle: Handle,
+    target: TargetState,
+    guard: Guard,
+    /// Every event is recorded.
+    exact: bool,
     /// Its system calls are filtered.
     seccomp: bool,
     /// The event that [`RecordSource::next`] gave last, if it was a call.
     current: Option<(Event, Translated)>,
-    idle: u32,
+    nap: Nap,
+    looked: Instant,
+    /// When to look next.
+    due: Instant,
     asked: Instant,
     /// The target is gone, in this way; what is in the rings still has to be told.
     gone: Option<SourceEvent>,
     unknown_stacks: u64,
-    /// Calls that the agent passed through: as counted there, and how many of them are told.
-    passed: u64,
+    counts: SourceCounts,
+    /// Calls that the agent passed through, of those counted the ones that are told.
     passed_told: u64,
-}
-
-/// What has become of the target.
-enum Condition {
-    /// It runs, and the agent records.
-    Recording,
-    /// It runs, but the agent has switched itself off: we were silent for too long.
-    SwitchedOff,
-    /// The program that was attached to is no more.
-    Gone(SourceEvent),
 }
 
 impl AgentSource {
     /// Takes over a process in which the agent is planted.
-    pub fn new(planted: Planted, handle: Handle, python: Python, seccomp: bool) -> Result<Self, RecordError> {
+    pub fn new(
+        planted: Planted,
+        handle: Handle,
+        max_cpu: Option<f64>,
+        python: Python,
+        seccomp: bool,
+    ) -> Result<Self, RecordError> {
         let Planted { loaded, rings, heart, settings, .. } = planted;
         let pid = loaded.pid;
         let told = Told::new(python.layout.meaning.line_table);
-        let path = format!("/proc/{}/mem", maps::memory_holder(pid));
-        let mem_file = std::fs::File::open(&path).map_err(|source| TraceError::Proc { path, source })?;
+        let now = Instant::now();
         Ok(Self {
+            nap: Nap::new(rings.ring_len(), settings.exact),
             merger: Merger::new(rings, told, settings.exact),
             clock: Clock::start(settings.ticks_per_second),
+            tids: Tids::new(pid),
+            target: TargetState::open(pid, loaded.parts.state.0, handle)?,
+            guard: Guard::new(settings.interval, max_cpu),
             loaded,
             _heart: heart,
             translator: Translator::default(),
             python,
             memory: ProcessMemory::new(pid),
-            mem_file,
-            handle,
+            exact: settings.exact,
             seccomp,
             current: None,
-            idle: 0,
-            asked: Instant::now(),
+            looked: now,
+            due: now,
+            asked: now,
             gone: None,
             unknown_stacks: 0,
-            passed: 0,
+            counts: SourceCounts::default(),
             passed_told: 0,
         })
     }
 
-    /// Looks for what was published; sleeps where there has been nothing for a while.
+    /// Looks for what was published, when that is due: everything that was found before has been told.
     fn look(&mut self) -> Result<SourceEvent, RecordError> {
         if let Some(event) = self.gone {
             return Ok(event);
         }
+        let rest = self.due.saturating_duration_since(Instant::now());
+        if !rest.is_zero() {
+            std::thread::sleep(rest);
+        }
         let now = ticks();
         self.merger.rings().beat(now);
         let found = self.merger.look(now);
-        if found.fresh > 0 {
-            self.idle = 0;
-        } else {
-            self.idle += 1;
-        }
-        if self.asked.elapsed() >= ASK_EVERY {
-            self.asked = Instant::now();
-            match self.condition() {
-                Condition::Recording => {}
-                Condition::SwitchedOff => return Err(RecordError::SwitchedOff { pid: self.loaded.pid }),
-                Condition::Gone(event) => {
-                    self.gone = Some(event);
-                    self.merger.look_last(ticks());
-                }
-            }
-        } else if self.idle > LOOKS_BEFORE_SLEEP {
-            let doublings = (self.idle - LOOKS_BEFORE_SLEEP).min(8);
-            std::thread::sleep((SHORTEST_SLEEP * (1 << doublings)).min(LONGEST_SLEEP));
+        let looked = Instant::now();
+        self.due = looked + self.nap.after(found, looked - self.looked);
+        self.looked = looked;
+        if looked - self.asked >= ASK_EVERY {
+            self.asked = looked;
+            self.ask()?;
         }
         Ok(SourceEvent::Idle)
     }
 
-    /// A word of the agent's state; `None` once the program that was attached to has no memory any more.
-    fn read_state(&self, at: usize) -> Option<u64> {
-        let mut bytes = [0; 8];
-        let read = self.mem_file.read_exact_at(&mut bytes, self.loaded.parts.state.0.0 + at as u64);
-        read.ok().map(|()| u64::from_le_bytes(bytes))
+    fn ask(&mut self) -> Result<(), RecordError> {
+        let gone = match self.target.condition() {
+            Condition::Recording => return Ok(()),
+            Condition::SwitchedOff => return Err(RecordError::SwitchedOff { pid: self.loaded.pid }),
+            Condition::Executed => SourceEvent::Executed,
+            Condition::Ended(how) => SourceEvent::Ended(how),
+        };
+        self.gone = Some(gone);
+        self.merger.look_last(ticks());
+        Ok(())
     }
 
-    /// Calls of signal handlers inside the agent, and of threads that it could not tell.
-    fn count_passed(&mut self) {
-        let counted = [offset_of!(State, in_agent), offset_of!(State, without_slot)];
-        let passed = counted.into_iter().filter_map(|at| self.read_state(at)).fold(0, u64::saturating_add);
-        self.passed = self.passed.max(passed);
+    /// Reads what the agent counts, and samples less or more if it should.
+    fn count(&mut self) {
+        self.counts.interval = if self.exact { 0 } else { self.guard.interval() };
+        // A target that is gone is told of elsewhere.
+        let Ok(counts) = self.target.counts() else { return };
+        self.counts.passed_through = counts.passed_through;
+        self.counts.without_slot = counts.without_slot;
+        if !self.exact
+            && let Some(interval) = self.guard.look(ticks(), counts.spent)
+        {
+            match self.target.set_interval(interval) {
+                Ok(()) => self.counts.interval = interval,
+                Err(error) => tracing::warn!("the sampling interval cannot be changed: {error}"),
+            }
+        }
     }
 
     /// Takes the hooks back, or where a debugger came meanwhile at least the agent's leave to record.
@@ -154,7 +162,7 @@ impl AgentSource {
         let start = Instant::now();
         loop {
             let seized = Inferior::seize(self.loaded.pid);
-            let is_gone = self.read_state(offset_of!(State, magic)).is_none();
+            let is_gone = matches!(self.target.condition(), Condition::Executed | Condition::Ended(_));
             let error = match seized {
                 // Another program by now, or none: nothing of ours is in it.
                 Ok(inferior) if is_gone => {
@@ -163,6 +171,9 @@ impl AgentSource {
                 }
                 Err(_) if is_gone => return Ok(LeftBehind::default()),
                 Ok(inferior) => return Ok(jump::lift(inferior, &self.loaded, self.seccomp)?),
+                Err(AttachError::NoProcess { .. } | AttachError::Zombie { .. }) => {
+                    return Ok(LeftBehind::default());
+                }
                 Err(error @ AttachError::AlreadyTraced { .. }) => error,
                 Err(error) => return Err(error.into()),
             };
@@ -175,18 +186,11 @@ impl AgentSource {
         }
     }
 
-    fn condition(&self) -> Condition {
-        if self.read_state(offset_of!(State, magic)) == Some(STATE_MAGIC) {
-            return match self.read_state(offset_of!(State, enabled)) {
-                Some(enabled) if enabled as u32 == 0 => Condition::SwitchedOff,
-                _ => Condition::Recording,
-            };
-        }
-        // A process that ends has no memory any more a while before it has ended.
-        match self.handle.end() {
-            Some(how) => Condition::Gone(SourceEvent::Ended(how)),
-            None if facts::has_memory(self.loaded.pid) => Condition::Gone(SourceEvent::Executed),
-            None => Condition::Recording,
+    fn measure(&mut self) {
+        let parts = &self.loaded.parts;
+        match self.target.resident(&[parts.state, parts.rings, parts.code]) {
+            Ok(bytes) => self.counts.extra_bytes = bytes,
+            Err(error) => tracing::debug!("what is resident in the target cannot be told: {error}"),
         }
     }
 
@@ -214,20 +218,26 @@ impl AgentSource {
         if unreadable > 0 {
             return Some(SourceEvent::Missing(unreadable, DropReason::Unreadable));
         }
-        let passed = self.passed - self.passed_told;
-        if passed > 0 {
-            self.passed_told = self.passed;
-            return Some(SourceEvent::Missing(passed, DropReason::PassedThrough));
+        let passed = self.counts.passed_through.saturating_add(self.counts.without_slot);
+        if passed > self.passed_told {
+            let count = passed - self.passed_told;
+            self.passed_told = passed;
+            return Some(SourceEvent::Missing(count, DropReason::PassedThrough));
         }
         while let Some(event) = self.merger.peek().copied() {
-            if let Some(translated) = self.translator.translate(&event) {
+            if let Some(mut translated) = self.translator.translate(&event) {
+                if self.exact {
+                    // A corrupt target may say otherwise.
+                    translated.interval = 0;
+                }
                 self.current = Some((event, translated));
                 let Translated { observation, interval, .. } = translated;
-                return Some(SourceEvent::Call { tid: event.tid as i32, observation, interval });
+                let tid = self.tids.outer(event.tid);
+                return Some(SourceEvent::Call { tid, observation, interval });
             }
             self.merger.accept();
             if let What::Thread(tid) = event.what {
-                return Some(SourceEvent::ThreadSeen(tid as i32));
+                return Some(SourceEvent::ThreadSeen(self.tids.outer(tid)));
             }
         }
         None
@@ -290,7 +300,9 @@ impl RecordSource for AgentSource {
 
     fn every_second(&mut self) -> Result<(), RecordError> {
         self.clock.refine();
-        self.count_passed();
+        self.tids.refresh();
+        self.count();
+        self.measure();
         Ok(())
     }
 
@@ -306,12 +318,21 @@ impl RecordSource for AgentSource {
         self.unknown_stacks
     }
 
+    fn counts(&self) -> SourceCounts {
+        self.counts
+    }
+
     fn finish(mut self, ledger: &mut Ledger) -> Result<Finished, RecordError> {
-        self.count_passed();
+        self.count();
+        self.measure();
+        // Where nobody has asked since, the end of the recording would be silent about what is missing.
+        let pid = self.loaded.pid;
+        let is_off = matches!(self.target.condition(), Condition::SwitchedOff);
+        let switched_off = is_off.then_some(RecordError::SwitchedOff { pid });
         let lifted = self.lift();
         // The target was let go; what it told until then is recorded whatever became of that.
-        let failed = self.drain(ledger).err();
-        Ok(Finished { left: lifted?, failed })
+        let failed = self.drain(ledger).err().or(switched_off);
+        Ok(Finished { left: lifted?, failed, counts: self.counts })
     }
 
     fn abandon(self) -> Result<(), RecordError> {

@@ -9,7 +9,7 @@ use super::examine::{Examined, Kind, examine};
 use super::header::{PAGE_SIZE, executable, header, unix_ns};
 use super::ledger::{Ledger, Tally};
 use super::plant::{self, JumpOptions};
-use super::source::{RecordSource, SourceEvent, enter};
+use super::source::{RecordSource, SourceCounts, SourceEvent, enter};
 use super::thread_names::ThreadNames;
 use super::trap::{StackReader, TrapSource};
 use crate::capture::{CaptureWriter, Counters, EndReason, Header, Trailer};
@@ -17,7 +17,7 @@ use crate::cpython::Python;
 use crate::inferior::error::TraceError;
 use crate::inferior::handle::Handle;
 use crate::inferior::stop::StopEvent;
-use crate::inferior::{Inferior, maps, sys};
+use crate::inferior::{Inferior, facts, maps, sys};
 use crate::probe::calls::Observation;
 use crate::probe::error::ProbeError;
 use crate::probe::install;
@@ -133,7 +133,8 @@ fn attach_jumps(
     let handle = Handle::open(options.pid);
     let planted = plant::plant(options, jump, examined, &mut || output.take())?;
     let (planted, writer) = planted;
-    Ok((AgentSource::new(planted, handle, examined.python.clone(), examined.seccomp)?, writer))
+    let (python, seccomp) = (examined.python.clone(), examined.seccomp);
+    Ok((AgentSource::new(planted, handle, jump.max_cpu, python, seccomp)?, writer))
 }
 
 /// The capture file, made before the target is stopped where that can't lose anything.
@@ -386,7 +387,7 @@ impl<'a, S: RecordSource> Session<'a, S> {
         let Self { source, mut ledger, start, options, .. } = self;
         let elapsed = start.elapsed();
         let unreadable_stacks = source.unreadable_stacks();
-        let mut failed = None;
+        let (mut counts, mut failed) = (source.counts(), None);
         let (reason, leaving) = match end {
             End::Gone(reason) => (reason, Leaving::Nothing),
             End::Executed => (EndReason::TargetExec { path: executable(options.pid) }, Leaving::Detach),
@@ -403,10 +404,11 @@ impl<'a, S: RecordSource> Session<'a, S> {
             Leaving::Lift => {
                 let finished = source.finish(&mut ledger)?;
                 failed = failed.or(finished.failed);
+                counts = finished.counts;
                 finished.left
             }
         };
-        let summary = finish(ledger, reason, elapsed, left, unreadable_stacks);
+        let summary = finish(ledger, reason, elapsed, left, (unreadable_stacks, counts));
         match (failed, summary) {
             (Some(error), Ok(summary)) => Ok(Summary { failed: Some(error.to_string()), ..summary }),
             (Some(error), Err(_)) => Err(error),
@@ -430,7 +432,7 @@ fn finish(
     reason: EndReason,
     elapsed: Duration,
     left: LeftBehind,
-    unreadable_stacks: u64,
+    (unreadable_stacks, counts): (u64, SourceCounts),
 ) -> Result<Summary, RecordError> {
     let tally = ledger.tally();
     let mut ledger = ledger;
@@ -440,6 +442,11 @@ fn finish(
         peak_live_bytes: ledger.live().peak_bytes(),
         live_bytes: ledger.live().live_bytes(),
         live_blocks: ledger.live().live_blocks() as u64,
+        interval_at_end: counts.interval,
+        agent_passed_through: counts.passed_through,
+        threads_without_slot: counts.without_slot,
+        target_extra_bytes: counts.extra_bytes,
+        controller_peak_bytes: facts::peak_resident(),
         ..ledger.writer().counters()
     };
     ledger.writer().flush()?;

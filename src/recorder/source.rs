@@ -39,6 +39,19 @@ pub enum SourceEvent {
     Idle,
 }
 
+/// What a source counts beside events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SourceCounts {
+    /// The sampling interval in force; 0 where every event is recorded.
+    pub interval: u64,
+    /// Calls of signal handlers that were not recorded.
+    pub passed_through: u64,
+    /// Calls of threads that there was no room for.
+    pub without_slot: u64,
+    /// Resident memory that recording adds to the target, in bytes.
+    pub extra_bytes: u64,
+}
+
 /// How a source left the target.
 #[derive(Debug, Default)]
 pub struct Finished {
@@ -46,6 +59,8 @@ pub struct Finished {
     pub left: LeftBehind,
     /// The first error in recording what was told last. The target was let go all the same.
     pub failed: Option<RecordError>,
+    /// What was counted until then.
+    pub counts: SourceCounts,
 }
 
 /// A source of events.
@@ -80,6 +95,9 @@ pub trait RecordSource {
 
     /// Stacks that could not be read though the thread has a Python state.
     fn unreadable_stacks(&self) -> u64;
+
+    /// What was counted, as of the last second.
+    fn counts(&self) -> SourceCounts;
 
     /// Takes everything back and lets go. `ledger` is told of calls that ended meanwhile.
     fn finish(self, ledger: &mut Ledger) -> Result<Finished, RecordError>;

@@ -6,7 +6,7 @@
 use super::RecordError;
 use super::ledger::{Ledger, Origin};
 use super::locations::Locations;
-use super::source::{Finished, RecordSource, SourceEvent, gives_out};
+use super::source::{Finished, RecordSource, SourceCounts, SourceEvent, gives_out};
 use crate::capture::{CaptureWriter, StackId};
 use crate::cpython::{CodeTable, Location, PageCache, Python, RawFrame};
 use crate::inferior::error::TraceError;
@@ -15,7 +15,6 @@ use crate::inferior::sys::{Registers, Wait};
 use crate::inferior::{Inferior, Notice, maps};
 use crate::memory::RemoteMemory;
 use crate::probe::install::Installed;
-use crate::probe::lift::LeftBehind;
 use std::time::Instant;
 
 /// Frames of a stack that are kept; deeper ones are cut, and say so.
@@ -208,6 +207,10 @@ impl RecordSource for TrapSource {
         self.reader.unreadable
     }
 
+    fn counts(&self) -> SourceCounts {
+        SourceCounts::default()
+    }
+
     fn finish(self, ledger: &mut Ledger) -> Result<Finished, RecordError> {
         let Self { mut inferior, mut installed, mut reader, mut locations, .. } = self;
         if inferior.has_ended() {
@@ -232,11 +235,11 @@ impl RecordSource for TrapSource {
         let ended = inferior.has_ended();
         let let_go = inferior.detach();
         match lifted {
-            Err(_) if ended => Ok(Finished { left: LeftBehind::default(), failed }),
+            Err(_) if ended => Ok(Finished { failed, ..Finished::default() }),
             Err(error) => Err(error.into()),
             Ok(left) => {
                 let_go?;
-                Ok(Finished { left, failed })
+                Ok(Finished { left, failed, ..Finished::default() })
             }
         }
     }

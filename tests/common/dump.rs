@@ -154,7 +154,9 @@ impl Dump {
         self.live += allocation.size;
         if matches!(allocation.allocator.as_str(), "mmap" | "mremap") {
             self.ranges.insert(allocation.address, (allocation.address + allocation.size, index));
-        } else if let Some(old) = self.blocks.insert(allocation.address, index) {
+        } else if let Some(old) = self.blocks.insert(allocation.address, index)
+            && self.allocations[old].interval == 0
+        {
             panic!(
                 "{:#x} was allocated twice without a free: {:?}",
                 allocation.address, self.allocations[old]

@@ -202,6 +202,13 @@ impl Capture {
         self
     }
 
+    /// Events that the last words of `heaptap attach` tell as dropped.
+    pub fn drops(&self) -> usize {
+        let before = self.stderr.split(" drop").next().unwrap_or_default();
+        let number = before.rsplit([' ', '\n']).next().unwrap_or_default().replace(',', "");
+        number.parse().unwrap_or_else(|_| panic!("no number of drops in: {}", self.stderr))
+    }
+
     /// Every record, by `heaptap dump --json`.
     pub fn dump(&self) -> Dump {
         Dump::parse(&self.report("dump", &["--json"]))

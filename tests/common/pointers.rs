@@ -42,7 +42,9 @@ pub fn led_astray(pid: i32, before: &Pointers, mappings: &[Mapping]) -> Vec<Stri
         let is = u64::from_le_bytes(word);
         // Small numbers, packed ones and odd ones are no functions.
         let is_function = (0x1_0000..1 << 47).contains(&is) && is % 16 == 0;
-        if is != *was && is_function && !is_in(&code, is) {
+        // Data is called by nobody: a number that looked like an address of an executable that lies low.
+        let is_data = mappings.iter().any(|m| (m.start..m.end).contains(&is) && !m.is_executable());
+        if is != *was && is_function && !is_data && !is_in(&code, is) {
             found.push(format!("the word at {at:#x} pointed to code at {was:#x}, now to {is:#x}"));
         }
     }

@@ -98,10 +98,7 @@ impl Python {
 
     /// True for the builds that allocation records by this kind of breakpoint are promised for.
     pub fn records_promised(&self, kind: Kind) -> bool {
-        match kind {
-            Kind::Trap => self.flavour != Flavour::FreeThreaded && self.libc == "glibc",
-            Kind::Jump => true,
-        }
+        promised(self.flavour, &self.libc, kind)
     }
 
     /// A command that becomes this interpreter, without the caller's Python settings.
@@ -123,6 +120,14 @@ impl Python {
             Flavour::Debug => "d",
         };
         wanted == self.name || wanted == self.version || wanted == format!("3.{}{suffix}", self.minor())
+    }
+}
+
+/// What README's table of versions says, and the live tests hold.
+pub fn promised(flavour: Flavour, libc: &str, kind: Kind) -> bool {
+    match kind {
+        Kind::Trap => flavour != Flavour::FreeThreaded && libc == "glibc",
+        Kind::Jump => true,
     }
 }
 

@@ -2,7 +2,7 @@
 //! its mapping.
 
 use heaptap::agent_abi::{
-    RING_CONTROLS_AT, RingControl, function, record, ring_data_at, ring_memory_len, stripe,
+    RING_CONTROLS_AT, RingControl, SharedControl, function, record, ring_data_at, ring_memory_len, stripe,
 };
 use heaptap::probe::ring::Rings;
 use std::fs::File;
@@ -29,11 +29,11 @@ impl RingFile {
         Rings::map(&self.fd(), self.ring_count, self.ring_len).unwrap()
     }
 
-    /// The controller's word.
+    /// When the controller was last heard of.
     pub fn heartbeat(&self) -> u64 {
-        let mut word = [0; 8];
-        self.file.read_exact_at(&mut word, 0).unwrap();
-        u64::from_le_bytes(word)
+        let mut bytes = [0; 8];
+        self.file.read_exact_at(&mut bytes, offset_of!(SharedControl, heartbeat) as u64).unwrap();
+        u64::from_le_bytes(bytes)
     }
 
     pub fn fd(&self) -> OwnedFd {
