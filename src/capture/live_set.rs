@@ -157,6 +157,19 @@ impl LiveSet {
         blocks.chain(self.mappings.iter())
     }
 
+    /// Whether a sample was ever among the blocks.
+    pub fn has_samples(&self) -> bool {
+        self.origins.iter().any(|(.., interval)| *interval != 0)
+    }
+
+    /// The live samples with their addresses, in no order.
+    pub fn samples(&self) -> impl Iterator<Item = (RemoteAddr, Block)> + '_ {
+        let blocks = self.blocks.iter().map(|(key, packed)| {
+            (RemoteAddr(u64::from(key[0]) | u64::from(key[1]) << 32), self.unpack(*packed))
+        });
+        blocks.filter(|(_, block)| block.interval != 0)
+    }
+
     fn origin(&mut self, origin: Origin) -> u32 {
         let next = self.origins.len() as u32;
         let id = *self.origin_ids.entry(origin).or_insert(next);

@@ -246,9 +246,10 @@ fn lift_patch(inferior: &Inferior, hook: &Hook) -> Result<bool, ProbeError> {
         inferior.write(hook.thunk, &near::pass_on(*value))?;
         return Ok(false);
     }
-    inferior.write(address, &before[..len])?;
+    let first = near::first_to_restore(&now, &planted[..len]).unwrap_or(0);
+    inferior.write(address.offset(first as u64), &before[first..len])?;
     let restored = inferior.memory().read_vec(address, len)?;
-    if restored != before[..len] {
+    if restored[first..] != before[first..len] {
         return Err(ProbeError::NotRestored { addr: address, len });
     }
     Ok(true)

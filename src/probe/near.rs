@@ -229,6 +229,16 @@ impl NearRegion {
     }
 }
 
+/// The first of the bytes that take a patch back, where `now` holds it. A uprobe that came later has an int3 over the first byte of
+/// a jump at an entry: that byte is the kernel's, which has what was there from the file. `None`: the patch is not in.
+pub fn first_to_restore(now: &[u8], planted: &[u8]) -> Option<usize> {
+    match (now, planted) {
+        _ if now == planted => Some(0),
+        ([INT3, now @ ..], [_, planted @ ..]) if planted.len() < 7 && now == planted => Some(1),
+        _ => None,
+    }
+}
+
 /// What a word's thunk becomes when the agent goes and the application keeps the thunk's address: a jump to `original`.
 pub fn pass_on(original: RemoteAddr) -> Vec<u8> {
     let mut bytes = vec![0xff, 0x25, 0, 0, 0, 0];

@@ -84,9 +84,9 @@ impl Stale {
     fn undo_patches(&self, inferior: &Inferior) -> Result<Vec<u64>, ProbeError> {
         let mut changed = Vec::new();
         for (address, len, before, planted) in &self.patches {
-            let now = inferior.memory().read_vec(*address, *len);
-            if now.is_ok_and(|now| now == planted[..*len]) {
-                inferior.write(*address, &before[..*len])?;
+            let now = inferior.memory().read_vec(*address, *len).unwrap_or_default();
+            if let Some(first) = near::first_to_restore(&now, &planted[..*len]) {
+                inferior.write(address.offset(first as u64), &before[first..*len])?;
             } else if let Some(thunk) = self.thunk_of_word(*len, *planted) {
                 if self.is_jump() {
                     inferior.write(thunk, &near::pass_on(RemoteAddr(u64::from_le_bytes(*before))))?;
@@ -139,7 +139,9 @@ impl Stale {
         let others = jump.others.iter().map(|at| (*at, REGION_LEN as u64));
         let (base, len) = jump.parts.code;
         let first = if keep { REGION_LEN as u64 } else { 0 };
-        rings.chain(state).chain(others).chain([(base.offset(first), len - first)]).collect()
+        // Where only the first region was left, there is nothing behind it.
+        let behind = Some((base.offset(first), len.saturating_sub(first))).filter(|(_, len)| *len > 0);
+        rings.chain(state).chain(others).chain(behind).collect()
     }
 }
 

@@ -11,6 +11,7 @@ use super::ledger::Ledger;
 use super::merge::Merger;
 use super::nap::Nap;
 use super::plant::Planted;
+use super::reconcile::Reconciler;
 use super::source::{Finished, RecordSource, SourceCounts, SourceEvent, enter};
 use super::target_state::{Condition, TargetState};
 use super::tids::Tids;
@@ -42,6 +43,7 @@ pub struct AgentSource {
     /// Keeps the agent from taking us for dead.
     _heart: Heart,
     merger: Merger<Told>,
+    reconciler: Reconciler,
     translator: Translator,
     clock: Clock,
     tids: Tids,
@@ -90,6 +92,7 @@ impl AgentSource {
             guard: Guard::new(settings.interval, max_cpu),
             loaded,
             _heart: heart,
+            reconciler: Reconciler::default(),
             translator: Translator::default(),
             python,
             memory: ProcessMemory::new(pid),
@@ -118,6 +121,9 @@ impl AgentSource {
         let now = ticks();
         self.merger.rings().beat(now);
         let found = self.merger.look(now);
+        if found.fresh == 0 {
+            self.reconciler.all_told();
+        }
         let looked = Instant::now();
         self.due = looked + self.nap.after(found, looked - self.looked);
         self.looked = looked;
@@ -194,9 +200,26 @@ impl AgentSource {
         }
     }
 
+    /// Before the agent's table goes: which samples it doesn't know any more.
+    fn suspect(&mut self, ledger: &mut Ledger) -> Result<(), RecordError> {
+        self.merger.look(ticks());
+        self.tell_ready(ledger)?;
+        if ledger.live().has_samples()
+            && let Some(table) = self.target.tracked()
+        {
+            self.reconciler.suspect(ledger, &table);
+        }
+        Ok(())
+    }
+
     /// Everything that is left in the rings.
     fn drain(&mut self, ledger: &mut Ledger) -> Result<(), RecordError> {
         self.merger.look_last(ticks());
+        self.tell_ready(ledger)?;
+        self.reconciler.settle(ledger)
+    }
+
+    fn tell_ready(&mut self, ledger: &mut Ledger) -> Result<(), RecordError> {
         while let Some(event) = self.ready() {
             match event {
                 SourceEvent::Call { tid, observation, interval } => {
@@ -213,6 +236,7 @@ impl AgentSource {
     fn ready(&mut self) -> Option<SourceEvent> {
         let Missing { full, unreadable } = self.merger.take_missing();
         if full > 0 {
+            self.reconciler.dropped();
             return Some(SourceEvent::Missing(full, DropReason::BufferFull));
         }
         if unreadable > 0 {
@@ -222,6 +246,7 @@ impl AgentSource {
         if passed > self.passed_told {
             let count = passed - self.passed_told;
             self.passed_told = passed;
+            self.reconciler.dropped();
             return Some(SourceEvent::Missing(count, DropReason::PassedThrough));
         }
         while let Some(event) = self.merger.peek().copied() {
@@ -298,12 +323,15 @@ impl RecordSource for AgentSource {
         Ok(())
     }
 
-    fn every_second(&mut self) -> Result<(), RecordError> {
+    fn every_second(&mut self, ledger: &mut Ledger) -> Result<(), RecordError> {
         self.clock.refine();
         self.tids.refresh();
         self.count();
         self.measure();
-        Ok(())
+        let mut reconciler = std::mem::take(&mut self.reconciler);
+        let stepped = reconciler.step(ledger, || self.target.tracked());
+        self.reconciler = reconciler;
+        stepped
     }
 
     fn python(&self) -> &Python {
@@ -329,9 +357,10 @@ impl RecordSource for AgentSource {
         let pid = self.loaded.pid;
         let is_off = matches!(self.target.condition(), Condition::SwitchedOff);
         let switched_off = is_off.then_some(RecordError::SwitchedOff { pid });
+        let suspected = self.suspect(ledger);
         let lifted = self.lift();
         // The target was let go; what it told until then is recorded whatever became of that.
-        let failed = self.drain(ledger).err().or(switched_off);
+        let failed = suspected.and_then(|()| self.drain(ledger)).err().or(switched_off);
         Ok(Finished { left: lifted?, failed, counts: self.counts })
     }
 

@@ -61,7 +61,7 @@ pub struct Tally {
     pub failed: u64,
     /// Unmaps of ranges that were not mapped while recording.
     pub unmaps_unknown: u64,
-    /// Blocks given out at an address that was live: a free that was not seen.
+    /// Frees that were not seen: blocks given out at an address that was live, samples that the agent no longer knows.
     pub missed_frees: u64,
     /// Calls whose beginning or end was not seen.
     pub unmatched: u64,
@@ -248,6 +248,13 @@ impl Ledger {
             self.given_back.freed(address);
             Ok(self.writer.free_unknown(FreeUnknown { deallocator, tid, address })?)
         }
+    }
+
+    /// A live block was given back, though nobody told it: nobody knows who did it when.
+    pub fn lost_free(&mut self, address: RemoteAddr) -> Result<(), RecordError> {
+        self.tally.missed_frees += 1;
+        self.has_failed(address);
+        self.free_block(0, Function::Free, address)
     }
 
     /// A free inside another call is that call's own business, unless it gives back a block that is known to live and

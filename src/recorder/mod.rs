@@ -16,6 +16,7 @@ pub mod look;
 pub mod merge;
 pub mod nap;
 pub mod plant;
+pub mod reconcile;
 pub mod record;
 pub mod source;
 mod stripes;

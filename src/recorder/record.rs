@@ -362,7 +362,7 @@ impl<'a, S: RecordSource> Session<'a, S> {
             let (python, memory) = (self.source.python(), self.source.memory());
             self.names.refresh(self.options.pid, python, memory, &mut self.ledger)?;
             self.ledger.writer().flush()?;
-            self.source.every_second()?;
+            self.source.every_second(&mut self.ledger)?;
         } else if self.names.is_due(now) {
             let (python, memory) = (self.source.python(), self.source.memory());
             self.names.look_again(self.options.pid, python, memory, &mut self.ledger, now)?;

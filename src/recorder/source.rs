@@ -84,8 +84,8 @@ pub trait RecordSource {
     /// The last call is recorded: its thread may go on.
     fn proceed(&mut self) -> Result<(), RecordError>;
 
-    /// About once a second has passed.
-    fn every_second(&mut self) -> Result<(), RecordError>;
+    /// About once a second has passed. `ledger` is told of what can be concluded by then.
+    fn every_second(&mut self, ledger: &mut Ledger) -> Result<(), RecordError>;
 
     /// The interpreter.
     fn python(&self) -> &Python;

@@ -4,7 +4,7 @@
 //! with it, whatever the process executes later.
 
 use crate::addr::RemoteAddr;
-use crate::agent_abi::{SLOTS, STATE_MAGIC, Slot, State};
+use crate::agent_abi::{SLOTS, STATE_MAGIC, Slot, State, TRACKED_BUCKETS};
 use crate::inferior::error::TraceError;
 use crate::inferior::handle::Handle;
 use crate::inferior::stop::StopEvent;
@@ -85,6 +85,13 @@ impl TargetState {
         Ok(AgentCounts { spent, passed_through, without_slot })
     }
 
+    /// Addresses of the samples that the agent knows; `None` if it is gone.
+    pub fn tracked(&self) -> Option<Vec<u64>> {
+        let mut bytes = vec![0; size_of::<[[u64; 8]; TRACKED_BUCKETS]>()];
+        self.read(offset_of!(State, tracked), &mut bytes).ok()?;
+        Some(bytes.chunks_exact(8).map(|entry| number(entry, 0)).filter(|address| *address != 0).collect())
+    }
+
     /// Sets the sampling interval. Each thread takes it at its next draw.
     pub fn set_interval(&self, interval: u64) -> io::Result<()> {
         let at = self.state.0 + offset_of!(State, interval) as u64;
@@ -142,7 +149,9 @@ mod tests {
             words[slot + offset_of!(Slot, spent) / 8] = 100;
         }
         let state = RemoteAddr(words.as_ptr() as u64);
-        let opened = TargetState::open(std::process::id() as i32, state, Handle::open(std::process::id() as i32)).unwrap();
+        let opened =
+            TargetState::open(std::process::id() as i32, state, Handle::open(std::process::id() as i32))
+                .unwrap();
         (words, opened)
     }
 

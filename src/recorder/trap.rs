@@ -191,7 +191,7 @@ impl RecordSource for TrapSource {
         Ok(())
     }
 
-    fn every_second(&mut self) -> Result<(), RecordError> {
+    fn every_second(&mut self, _: &mut Ledger) -> Result<(), RecordError> {
         Ok(())
     }
 

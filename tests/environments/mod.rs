@@ -8,6 +8,7 @@ mod libraries;
 mod output;
 mod places;
 mod rivals;
+mod uprobes;
 
 use std::process::Output;
 

@@ -1,21 +1,17 @@
 //! Others at work on the same target: a second heaptap, debuggers, uprobes; and what a killed heaptap left.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use goblin::elf::Elf;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{a_few, assert_refused, detach, is_root, refusal, said};
+use super::{a_few, assert_refused, detach, refusal, said};
 use crate::common::heaptap::detach_in_the_end;
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
-use crate::common::{
-    Kind, Recording, Snapshot, Target, for_each_kind, for_each_python, missing, pythons, skipped,
-};
+use crate::common::{Kind, Recording, Snapshot, Target, for_each_kind, for_each_python, missing};
 
 #[test]
 fn a_second_heaptap_is_refused_and_the_first_goes_on() {
@@ -142,137 +138,4 @@ fn detach_removes_what_a_killed_heaptap_left() {
             }
         }
     });
-}
-
-/// tracefs, mounted for the test where the machine has it nowhere; unmounted when dropped.
-struct Tracefs {
-    path: PathBuf,
-    mounted: Option<tempfile::TempDir>,
-}
-
-impl Tracefs {
-    fn find() -> Result<Tracefs, String> {
-        for path in ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"] {
-            if Path::new(path).join("uprobe_events").exists() {
-                return Ok(Tracefs { path: path.into(), mounted: None });
-            }
-        }
-        let folder = tempfile::tempdir().unwrap();
-        let mut mount = Command::new("mount");
-        let output = mount.args(["-t", "tracefs", "heaptap-test"]).arg(folder.path()).output();
-        let output = output.map_err(|error| error.to_string())?;
-        if !output.status.success() {
-            return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
-        }
-        let tracefs = Tracefs { path: folder.path().to_owned(), mounted: Some(folder) };
-        if tracefs.path.join("uprobe_events").exists() {
-            Ok(tracefs)
-        } else {
-            Err("the kernel has no uprobes".into())
-        }
-    }
-
-    fn write(&self, file: &str, text: &str) -> std::io::Result<()> {
-        use std::io::Write;
-        fs::File::options().append(true).open(self.path.join(file))?.write_all(text.as_bytes())
-    }
-}
-
-impl Drop for Tracefs {
-    fn drop(&mut self) {
-        if let Some(folder) = &self.mounted {
-            let _ = Command::new("umount").arg(folder.path()).status();
-        }
-    }
-}
-
-/// A uprobe in force; taken out when dropped.
-struct Uprobe<'a> {
-    tracefs: &'a Tracefs,
-    name: String,
-}
-
-impl<'a> Uprobe<'a> {
-    fn plant(tracefs: &'a Tracefs, file: &Path, offset: u64) -> std::io::Result<Uprobe<'a>> {
-        let name = format!("heaptap_test_{}", std::process::id());
-        tracefs.write("uprobe_events", &format!("p:{name}/malloc {}:{offset:#x}\n", file.display()))?;
-        let probe = Uprobe { tracefs, name };
-        tracefs.write(&format!("events/{}/enable", probe.name), "1")?;
-        Ok(probe)
-    }
-}
-
-impl Drop for Uprobe<'_> {
-    fn drop(&mut self) {
-        let _ = self.tracefs.write(&format!("events/{}/enable", self.name), "0");
-        let _ = self.tracefs.write("uprobe_events", &format!("-:{}/malloc\n", self.name));
-    }
-}
-
-/// Where in the file an exported function begins.
-fn offset_of(file: &[u8], function: &str) -> u64 {
-    let elf = Elf::parse(file).expect("an ELF file");
-    let symbol =
-        elf.dynsyms.iter().find(|s| elf.dynstrtab.get_at(s.st_name) == Some(function) && s.st_value != 0);
-    let address = symbol.expect("libc exports it").st_value;
-    let segment = elf.program_headers.iter().find(|p| p.vm_range().contains(&(address as usize)));
-    let segment = segment.expect("a segment holds it");
-    address - segment.p_vaddr + segment.p_offset
-}
-
-fn libc_of(pid: i32) -> PathBuf {
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
-    let line = maps.lines().find(|line| line.ends_with("/libc.so.6")).expect("glibc");
-    line[line.find('/').unwrap()..].into()
-}
-
-#[test]
-fn a_uprobe_on_malloc_is_respected() {
-    if !is_root("planting a uprobe") {
-        return;
-    }
-    let tracefs = match Tracefs::find() {
-        Ok(tracefs) => tracefs,
-        Err(why) => return skipped(&format!("a uprobe on malloc: no tracefs ({why})")),
-    };
-    let python = pythons()
-        .iter()
-        .find(|p| p.records_promised(Kind::Jump) && p.root.is_none())
-        .expect("a Python of this machine");
-    // A copy of libc: a uprobe is on a file, in every process that maps it.
-    let folder = tempfile::tempdir().unwrap();
-    let libc = folder.path().join("libc.so.6");
-    fs::copy(libc_of(Target::start(python, "libc_blocks.py").pid()), &libc).unwrap();
-    let with_copy = || {
-        Target::builder(python, "libc_blocks.py")
-            .env("LD_LIBRARY_PATH", folder.path().to_str().unwrap())
-            .start()
-    };
-    let mut target = with_copy();
-    assert_eq!(libc_of(target.pid()), libc);
-    let offset = offset_of(&fs::read(&libc).unwrap(), "malloc");
-    let probe = match Uprobe::plant(&tracefs, &libc, offset) {
-        Ok(probe) => probe,
-        Err(error) => return skipped(&format!("a uprobe on malloc: {error}")),
-    };
-    let before = Snapshot::take(target.pid());
-    assert_eq!(before.changed_text().len(), 1, "the uprobe is in: {:?}", before.changed_text());
-    for kind in Kind::all() {
-        assert_refused(&refusal(target.pid(), &kind.with(&[])), &["malloc", "uprobe", "perf"]);
-    }
-    let output =
-        crate::common::heaptap().args(["doctor", "--pid", &target.pid().to_string()]).output().unwrap();
-    assert_eq!(output.status.code(), Some(3), "doctor: {}", said(&output));
-    assert_eq!(Snapshot::take(target.pid()).changed_text(), before.changed_text());
-    assert_left_no_trace(&before, &mut target);
-    target.go();
-    // Gone, it is no obstacle.
-    drop(probe);
-    let bare = Snapshot::take(target.pid());
-    for kind in Kind::all() {
-        let recording = Recording::attach(&target, &kind.with(&[]));
-        let truth = Truth::from_json(target.go());
-        truth.assert_matches(&recording.stop().assert_code(0).dump());
-        assert_left_no_trace(&bare, &mut target);
-    }
 }

@@ -1,0 +1,172 @@
+//! Sampled recordings of a live process against the truth it tells: hundreds of attaches with different seeds to one program that
+//! allocates known blocks of mixed sizes in several threads. Estimates have no bias, errors cover the truth as often as they
+//! say, and what was freed is never told as live.
+//!
+//! How the estimates come from samples, without a process: tests/sampling_estimates.rs.
+
+mod common;
+mod sampled;
+
+use common::heaptap::Capture;
+use common::{Python, Recording, Target, pythons, soak};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use sampled::figures::Figures;
+use sampled::{Mode, Run, Truth, interval_word};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Mean bytes between samples. Small, so that a run is quick; what counts is its ratio to the sizes.
+const INTERVAL: u64 = 16 << 10;
+
+/// Whether more runs are wanted: 200 in a soak.
+fn wanted(figures: &Figures) -> bool {
+    let (good, all) = figures.runs();
+    let runs = if soak() { 200 } else { 40 };
+    good < runs && all < 2 * runs
+}
+
+/// One interpreter stands for all: how Python is read is shown elsewhere. `HEAPTAP_TEST_PYTHON` chooses another.
+fn python() -> &'static Python {
+    let all = pythons();
+    let usual = all.iter().find(|python| python.name == "pyenv-3.11" && python.root.is_none());
+    let chosen = std::env::var_os("HEAPTAP_TEST_PYTHON").is_some();
+    usual.filter(|_| !chosen).or(all.first()).expect("there is an interpreter")
+}
+
+fn start(arguments: &[&str]) -> Target {
+    let builder = Target::builder(python(), "sampled_sites.py").env("PYTHONHASHSEED", "0");
+    arguments.iter().fold(builder, |builder, argument| builder.arg(argument)).start()
+}
+
+/// Records one "go" and holds what must be true of every single run against it.
+fn record(target: &mut Target, arguments: &[&str]) -> (Truth, Run) {
+    record_while(target, arguments, |_, _| {})
+}
+
+/// The same while something else is done in a thread, until it is told to stop.
+fn record_while(
+    target: &mut Target,
+    arguments: &[&str],
+    meanwhile: impl FnOnce(i32, &AtomicBool) + Send,
+) -> (Truth, Run) {
+    let recording = Recording::attach(target, arguments);
+    let (stop, pid) = (AtomicBool::new(false), target.pid());
+    let truth = std::thread::scope(|scope| {
+        scope.spawn(|| meanwhile(pid, &stop));
+        let truth = target.go();
+        stop.store(true, Ordering::Relaxed);
+        Truth::from_json(&truth)
+    });
+    let capture = recording.stop();
+    capture.assert_code(0);
+    let run = Run::read(&capture.path, &truth);
+    run.assert_sound(&truth);
+    (truth, run)
+}
+
+fn sampled(seed: u64) -> [String; 6] {
+    ["--sample", &INTERVAL.to_string(), "--seed", &seed.to_string(), "--max-cpu", "100"].map(str::to_owned)
+}
+
+/// The function that the fixture's sizes say is called is called, and nothing else allocates there.
+#[test]
+fn every_event_recorded_is_what_the_program_says() {
+    for arguments in [&["alone"][..], &[]] {
+        let mut target = start(arguments);
+        let (truth, run) = record(&mut target, &["--exact"]);
+        run.assert_exact(&truth);
+    }
+}
+
+#[test]
+fn estimates_of_live_recordings_have_no_bias_and_their_errors_cover_the_truth() {
+    let mut target = start(&[]);
+    let mut figures = Figures::new(Mode::Fixed(INTERVAL));
+    while wanted(&figures) {
+        let arguments = sampled(0x5eed_0000 + figures.runs().1);
+        let (truth, run) = record(&mut target, &arguments.each_ref().map(String::as_str));
+        figures.add(&truth, &run);
+    }
+    figures.check();
+}
+
+/// The interval changes all the time while the program allocates, as `--max-cpu` changes it now and then: each sample is weighted
+/// with the interval of its own draw.
+#[test]
+fn estimates_have_no_bias_when_the_interval_changes_meanwhile() {
+    let mut target = start(&[]);
+    let mut figures = Figures::new(Mode::UpTo(2 * INTERVAL));
+    let mut intervals = std::collections::BTreeSet::new();
+    while wanted(&figures) {
+        let arguments = sampled(0xc0de_0000 + figures.runs().1);
+        let (truth, run) = record_while(&mut target, &arguments.each_ref().map(String::as_str), wobble);
+        intervals.extend(run.intervals());
+        figures.add(&truth, &run);
+    }
+    assert!(intervals.len() > 1, "the interval never changed: {intervals:?}");
+    figures.check();
+}
+
+/// Changes the interval of the agent in the process.
+fn wobble(pid: i32, stop: &AtomicBool) {
+    let (word, start) = (interval_word(pid), Instant::now());
+    for turn in 0.. {
+        word.write(INTERVAL << (turn % 2));
+        // The limit is for a test that failed.
+        if stop.load(Ordering::Relaxed) || start.elapsed() > Duration::from_secs(60) {
+            return;
+        }
+        std::thread::sleep(Duration::from_micros(300));
+    }
+}
+
+/// Records `lost_frees.py`, with heaptap stopped while it fills the ring and frees what it had allocated before.
+fn record_lost_frees(end: impl FnOnce(Recording, Target) -> Capture) {
+    let mut target = Target::start(python(), "lost_frees.py");
+    let recording = Recording::attach(&target, &["--sample", "512", "--max-cpu", "100"]);
+    target.go();
+    // All of it is read.
+    std::thread::sleep(Duration::from_millis(500));
+    let heaptap = Pid::from_raw(recording.pid());
+    kill(heaptap, Signal::SIGSTOP).unwrap();
+    let truth = target.go();
+    kill(heaptap, Signal::SIGCONT).unwrap();
+    let truth = Truth::from_json(&truth);
+    let capture = end(recording, target);
+    capture.assert_code(0);
+    let run = Run::read(&capture.path, &truth);
+    assert!(run.drops > 2000, "only {} drops: nothing is shown", run.drops);
+    run.assert_sound(&truth);
+    // Of 2000, all but one in 350 are sampled.
+    let live = run.leaks["kept"];
+    assert!((1900..=2000).contains(&live.samples()), "{live:?}");
+    assert!((1990..=2010).contains(&live.count()), "{live:?}");
+}
+
+#[test]
+fn frees_that_the_ring_had_no_room_for_are_found_at_the_end() {
+    record_lost_frees(|recording, _target| recording.stop());
+}
+
+#[test]
+fn frees_that_the_ring_had_no_room_for_are_found_while_the_target_runs() {
+    record_lost_frees(|recording, target| {
+        std::thread::sleep(Duration::from_secs(4));
+        assert!(target.exit().success());
+        recording.finish()
+    });
+}
+
+#[test]
+fn one_thread_is_sampled_alike_with_the_same_seed_and_otherwise_with_another() {
+    let samples_of = |seed: u64| {
+        let mut target = start(&["alone"]);
+        let arguments = sampled(seed);
+        record(&mut target, &arguments.each_ref().map(String::as_str)).1.sizes()
+    };
+    let first = samples_of(7);
+    assert!(first.len() > 500, "{} samples", first.len());
+    assert_eq!(first, samples_of(7));
+    assert_ne!(first, samples_of(8));
+}
