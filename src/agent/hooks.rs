@@ -339,8 +339,11 @@ unsafe fn enter_sampled(state: *mut State, slot: *mut Slot, call: *mut Call, fun
     }
     let old = first_argument(call, function);
     if is_realloc(function) && old != 0 && sample::untrack(state, old) {
-        begin(state, slot, call, function);
-        (*call).action = if sampled { Action::Ends } else { Action::EndsUnsampled };
+        if begin(state, slot, call, function) {
+            (*call).action = if sampled { Action::Ends } else { Action::EndsUnsampled };
+        }
+        // Otherwise an end says nothing; the controller finds the block missing in the table, and what is given out in its place
+        // is a block like any other.
         return true;
     }
     // Only libc's malloc, glibc's calloc, and a small malloc of the object and mem domains call no other hooked function.
@@ -430,7 +433,11 @@ unsafe fn write(
                 ring.count_drop();
                 interval = NOT_SAMPLED;
             }
-            ring.push_event(record::END, function, (*call).result, &[(*call).result, stack, interval])
+            let told = ring.push_event(record::END, function, (*call).result, &[(*call).result, stack, interval]);
+            if !told && !exact && action == Action::Ends && interval != NOT_SAMPLED {
+                sample::untrack(state, address);
+            }
+            told
         }
     }
 }

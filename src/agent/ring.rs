@@ -17,6 +17,8 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 const LOCK_TRIES: u32 = 2_000;
 /// Sleeps for it after those (exact).
 const LOCK_SLEEPS: u32 = 200;
+/// The same for a sample.
+const SAMPLE_SLEEPS: u32 = 20;
 /// Waiting for room: looks before it starts to sleep, and how long it sleeps (ns).
 const LOOKS_BEFORE_SLEEP: u32 = 200;
 const SLEEP: u64 = 50_000;
@@ -137,12 +139,13 @@ impl Ring {
         (*state).flags & may::MAKE_CALLS != 0 && machine::is_gone(tid)
     }
 
-    /// Whether a thread that slept so often for the lock may sleep once more: samples are not worth it.
+    /// Whether a thread that slept so often for the lock may sleep once more. A sample is rare, and whoever holds the lock was
+    /// interrupted; but a sample less is better than a thread that waits for long.
     unsafe fn may_sleep(self, slept: u32) -> bool {
         let state = self.state;
-        (*state).exact != 0
-            && (*state).flags & may::MAKE_CALLS != 0
-            && slept < LOCK_SLEEPS
+        let most = if (*state).exact != 0 { LOCK_SLEEPS } else { SAMPLE_SLEEPS };
+        (*state).flags & may::MAKE_CALLS != 0
+            && slept < most
             && (&raw const (*state).enabled).read_volatile() != 0
     }
 

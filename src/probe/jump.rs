@@ -358,7 +358,10 @@ fn remove(loaded: &Loaded, wrapped: bool, filtered: bool, left: &mut LeftBehind)
         left.regions.push(base);
         left.why.push(references::WHY.into());
     }
-    let result = suspended(&mut inferior, filtered)
+    let withdrawn = if wrapped { withdraw(&inferior, loaded.parts.code.0) } else { Ok(()) };
+    let result = withdrawn
+        .map_err(ProbeError::from)
+        .and_then(|()| suspended(&mut inferior, filtered))
         .and_then(|()| load::unload(&mut inferior, &parts, &loaded.regions));
     let ended = inferior.has_ended();
     let let_go = inferior.detach();
@@ -367,6 +370,14 @@ fn remove(loaded: &Loaded, wrapped: bool, filtered: bool, left: &mut LeftBehind)
         Err(error) => Err(error),
         Ok(()) => Ok(let_go?),
     }
+}
+
+/// The region that stays names nothing beside itself any more: what the application has there later is not ours.
+fn withdraw(inferior: &Inferior, base: RemoteAddr) -> Result<(), TraceError> {
+    inferior.write(base.offset(near::STATE_AT as u64), &[0; 16])?;
+    inferior.write(base.offset(near::RINGS_AT as u64), &[0; 16])?;
+    let code = [base.0.to_le_bytes(), (super::region::REGION_LEN as u64).to_le_bytes()].concat();
+    inferior.write(base.offset(near::CODE_AT as u64), &code)
 }
 
 fn suspended(inferior: &mut Inferior, filtered: bool) -> Result<(), ProbeError> {

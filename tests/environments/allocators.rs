@@ -20,6 +20,10 @@ fn the_sizes_that_were_asked_for_under_every_pythonmalloc() {
     for_each_kind(chosen, |python, kind| {
         for setting in ["debug", "malloc", "malloc_debug"] {
             for (program, arguments) in [("small_objects.py", PYTHON_ALLOCATORS), ("libc_blocks.py", &[])] {
+                // A free-threaded build takes no other allocator than its own.
+                if python.flavour == Flavour::FreeThreaded && setting.starts_with("malloc") {
+                    continue;
+                }
                 let mut target = Target::builder(python, program).env("PYTHONMALLOC", setting).start();
                 let before = Snapshot::take(target.pid());
                 let recording = Recording::attach(&target, &kind.with(arguments));

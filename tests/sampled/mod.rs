@@ -70,7 +70,8 @@ impl Run {
         for record in reader.by_ref() {
             match record.unwrap() {
                 Record::Allocation(event) if !event.allocator.is_ranged() => {
-                    live.insert(event.address.0, events.len());
+                    // What was there before is gone, though nobody told: a missed free.
+                    freed.extend(live.insert(event.address.0, events.len()));
                     events.push(event);
                 }
                 Record::Free(event) => {
