@@ -8,6 +8,7 @@
 #[path = "made_up/mod.rs"]
 mod made_up;
 #[path = "../tests/rings/writer.rs"]
+#[allow(dead_code, reason = "the tests use the rest")]
 mod writer;
 
 use heaptap::addr::RemoteAddr;

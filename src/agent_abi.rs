@@ -152,6 +152,8 @@ pub mod may {
     pub const READ_FS_BASE: u32 = 2;
     /// CPython's small blocks come from pymalloc or mimalloc at once: a small malloc of its tables calls no other hooked function.
     pub const PASS_ON_TABLES: u32 = 4;
+    /// calloc gets its blocks without calling a hooked function (glibc; musl's calls malloc).
+    pub const PASS_ON_CALLOC: u32 = 8;
 }
 
 /// A thread as the agent knows it.

@@ -292,13 +292,3 @@ proptest! {
         prop_assert!(merger.peek().is_none());
     }
 }
-
-#[test]
-fn the_heart_beats_before_the_first_event_can_come() {
-    for _ in 0..50 {
-        let file = RingFile::new(1, 32 << 10);
-        let heart = file.rings().heart().unwrap();
-        assert_ne!(file.heartbeat(), 0, "the agent would take us for dead");
-        drop(heart);
-    }
-}

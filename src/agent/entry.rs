@@ -147,6 +147,46 @@ pub unsafe extern "C" fn heaptap_malloc_sampled() {
     )
 }
 
+/// calloc(count, size), sampled, where it calls no other hooked function: as malloc.
+#[unsafe(no_mangle)]
+#[unsafe(naked)]
+pub unsafe extern "C" fn heaptap_calloc_sampled() {
+    naked_asm!(
+        "mov rax, [r11 + {state}]",
+        "cmp dword ptr [rax + {enabled}], 0",
+        "je 2f",
+        // A product that can't be negative as a signed number, nor wrap.
+        "mov rdx, rdi",
+        "or rdx, rsi",
+        "shr rdx, 31",
+        "jnz 3f",
+        "mov rcx, fs:[0]",
+        "imul r10d, ecx, {hash}",
+        "shr r10d, {shift}",
+        "shl r10d, 7",
+        "cmp [rax + r10 + {key}], rcx",
+        "jne 3f",
+        "mov rdx, rdi",
+        "imul rdx, rsi",
+        "sub [rax + r10 + {until}], rdx",
+        "js 4f",
+        "2:",
+        "jmp [r11 + {original}]",
+        "4:",
+        "add [rax + r10 + {until}], rdx",
+        "3:",
+        "jmp {any}",
+        state = const offset_of!(Descriptor, state),
+        original = const offset_of!(Descriptor, original),
+        enabled = const offset_of!(State, enabled),
+        hash = const SLOT_HASH,
+        shift = const 32 - SLOTS_LOG2,
+        key = const offset_of!(State, slots) + offset_of!(Slot, key),
+        until = const offset_of!(State, slots) + offset_of!(Slot, until),
+        any = sym heaptap_any,
+    )
+}
+
 /// A table's malloc(ctx, size), sampled. Sizes that CPython hands on to another domain go the long way, lest they be counted
 /// twice (pymalloc: above 512; PYTHONMALLOC=debug asks for up to 32 bytes more).
 #[unsafe(no_mangle)]

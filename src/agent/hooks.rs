@@ -346,8 +346,9 @@ unsafe fn enter_sampled(state: *mut State, slot: *mut Slot, call: *mut Call, fun
         // is a block like any other.
         return true;
     }
-    // Only libc's malloc, and a small one of the object and mem domains, calls no other hooked function.
+    // Only libc's malloc, glibc's calloc, and a small malloc of the object and mem domains call no other hooked function.
     let alone = function == f::MALLOC
+        || (function == f::CALLOC && (*state).flags & may::PASS_ON_CALLOC != 0)
         || ((*state).flags & may::PASS_ON_TABLES != 0
             && function >= f::PYTHON + 4
             && member(function) == 0

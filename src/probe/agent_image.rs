@@ -20,6 +20,8 @@ pub enum Entry {
     MallocSampled,
     /// free, sampled.
     FreeSampled,
+    /// calloc, sampled, where it calls no other hooked function.
+    CallocSampled,
     /// A table's malloc, sampled.
     TableMallocSampled,
     /// A table's free, sampled.
@@ -36,6 +38,7 @@ impl Entry {
             Self::FreeExact => "heaptap_free_exact",
             Self::MallocSampled => "heaptap_malloc_sampled",
             Self::FreeSampled => "heaptap_free_sampled",
+            Self::CallocSampled => "heaptap_calloc_sampled",
             Self::TableMallocSampled => "heaptap_table_malloc_sampled",
             Self::TableFreeSampled => "heaptap_table_free_sampled",
             Self::CodeDealloc => "heaptap_code_dealloc",
@@ -97,6 +100,7 @@ mod tests {
             Entry::FreeExact,
             Entry::MallocSampled,
             Entry::FreeSampled,
+            Entry::CallocSampled,
             Entry::TableMallocSampled,
             Entry::TableFreeSampled,
             Entry::CodeDealloc,

@@ -67,6 +67,8 @@ pub struct Settings {
     pub may_call: bool,
     /// See [`may::PASS_ON_TABLES`].
     pub pass_on_tables: bool,
+    /// See [`may::PASS_ON_CALLOC`].
+    pub pass_on_calloc: bool,
     /// Ticks of the time stamp counter in a second.
     pub ticks_per_second: u64,
 }
@@ -345,6 +347,7 @@ fn entry_of(which: u8, settings: &Settings) -> Entry {
         _ if exact => Entry::Any,
         function::MALLOC => Entry::MallocSampled,
         function::FREE => Entry::FreeSampled,
+        function::CALLOC if settings.pass_on_calloc => Entry::CallocSampled,
         // The raw domain leads to libc's malloc, which is hooked too.
         _ if settings.pass_on_tables && python(0).is_some_and(|i| i >= 4) => Entry::TableMallocSampled,
         _ if python(3).is_some() => Entry::TableFreeSampled,
@@ -366,6 +369,9 @@ fn state_bytes(settings: &Settings, rings: RemoteAddr, pid: i32) -> Vec<u8> {
     }
     if settings.pass_on_tables {
         flags |= may::PASS_ON_TABLES;
+    }
+    if settings.pass_on_calloc {
+        flags |= may::PASS_ON_CALLOC;
     }
     if facts::auxiliary(pid, AT_HWCAP2).is_some_and(|v| v & HWCAP2_FSGSBASE != 0) {
         flags |= may::READ_FS_BASE;

@@ -10,10 +10,12 @@ use super::examine::Examined;
 use super::record::RecordOptions;
 use crate::addr::RemoteAddr;
 use crate::cpython::Python;
+use crate::image::LibcKind;
 use crate::inferior::memory::ProcessMemory;
 use crate::inferior::{Inferior, maps};
 use crate::probe::agent_facts::python_facts;
 use crate::probe::error::ProbeError;
+use crate::probe::function::Function;
 use crate::probe::hooks::wanted;
 use crate::probe::internal_callers::of_process;
 use crate::probe::jump;
@@ -198,8 +200,18 @@ fn settings(jump: &JumpOptions, examined: &Examined) -> Result<Settings, RecordE
         internal_callers: internal_callers(examined, jump.exact)?,
         may_call: !examined.seccomp,
         pass_on_tables: examined.pass_on_tables,
+        pass_on_calloc: calloc_is_alone(examined),
         ticks_per_second: ticks_per_second(),
     })
+}
+
+/// Whether calloc is that of a glibc without `__malloc_hook` (up to 2.33: somebody's hook may call malloc).
+fn calloc_is_alone(examined: &Examined) -> bool {
+    let Some(libc) = examined.libc.as_ref().filter(|libc| libc.kind == LibcKind::Glibc) else { return false };
+    let minor = libc.version.as_deref().and_then(|v| v.strip_prefix("2.")?.split('.').next()?.parse().ok());
+    let mut callocs = examined.plan.entries.iter().filter(|entry| entry.function == Function::Calloc);
+    minor.is_some_and(|minor: u32| minor >= 34)
+        && callocs.all(|entry| examined.modules[libc.module].contains(entry.address))
 }
 
 /// Calls to the mmap family that are an allocator's own. CPython's allocators are seen on the stack when every event is recorded, or
