@@ -24,6 +24,9 @@ const LOOKS_BEFORE_SLEEP: u32 = 200;
 const SLEEP: u64 = 50_000;
 /// Turns told per heartbeat.
 const TURNS: u32 = 4;
+/// How far before the place that is written the cache lines are fetched. They were last read by the controller on another
+/// processor; the locked instructions of an event wait for every store before them, and so for each such line.
+const FETCH_AHEAD: u64 = 1024;
 /// Records between two looks for a controller that has fallen silent (exact; a sample always looks).
 const LOOK_EVERY: u32 = 4096;
 
@@ -233,6 +236,7 @@ impl Ring {
         if at + need > self.len() || head + need - (*self.slot).tail > self.len() {
             return self.room_made(need);
         }
+        machine::fetch_to_write(self.data().add((head + FETCH_AHEAD & (self.len() - 1)) as usize));
         self.data().add(at as usize).cast()
     }
 
