@@ -320,19 +320,35 @@ fn call_under_way(
 ) -> Result<Option<i32>, ProbeError> {
     let slots_at = state.offset(offset_of!(State, slots) as u64);
     let slots = inferior.memory().read_vec(slots_at, SLOTS * size_of::<Slot>())?;
-    let maps = mappings(inferior.pid())?;
-    let busy = slots.chunks_exact(size_of::<Slot>()).find_map(|slot| {
+    // Read when it is needed: the world stands still.
+    let mut maps = None;
+    for slot in slots.chunks_exact(size_of::<Slot>()) {
         let word = |at: usize| u64::from_le_bytes(slot[at..at + 8].try_into().unwrap_or_default());
         let half = |at: usize| u32::from_le_bytes(slot[at..at + 4].try_into().unwrap_or_default());
         let key = word(offset_of!(Slot, key));
-        let (tid, regs) = threads.iter().find(|(_, regs)| key != 0 && regs.fs_base == key)?;
-        let comes_back_to = |rsp: u64| regs.rsp <= rsp || !same_mapping(&maps, regs.rsp, rsp);
-        let under_way = half(offset_of!(Slot, depth)) > 0 && comes_back_to(word(offset_of!(Slot, depth_rsp)));
-        let in_agent =
-            half(offset_of!(Slot, in_agent)) > 0 && comes_back_to(word(offset_of!(Slot, agent_rsp)));
-        (under_way || in_agent).then_some(*tid)
-    });
-    Ok(busy)
+        let Some((tid, regs)) = threads.iter().find(|(_, regs)| key != 0 && regs.fs_base == key) else {
+            continue;
+        };
+        let mut marks = Vec::new();
+        if half(offset_of!(Slot, depth)) > 0 {
+            marks.push(word(offset_of!(Slot, depth_rsp)));
+        }
+        if half(offset_of!(Slot, in_agent)) > 0 {
+            marks.push(word(offset_of!(Slot, agent_rsp)));
+        }
+        for rsp in marks {
+            if regs.rsp <= rsp {
+                return Ok(Some(*tid));
+            }
+            if maps.is_none() {
+                maps = Some(mappings(inferior.pid())?);
+            }
+            if !maps.as_ref().is_some_and(|maps| same_mapping(maps, regs.rsp, rsp)) {
+                return Ok(Some(*tid));
+            }
+        }
+    }
+    Ok(None)
 }
 
 fn same_mapping(maps: &[Mapping], a: u64, b: u64) -> bool {

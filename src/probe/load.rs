@@ -120,6 +120,7 @@ pub fn load(
 
 /// Unmaps what [`load`] mapped. No thread can be in it any more.
 pub fn unload(inferior: &mut Inferior, parts: &Parts, regions: &[RemoteAddr]) -> Result<(), ProbeError> {
+    inferior.prepare_calls()?;
     let others = regions.iter().skip(1).map(|r| (*r, REGION_LEN as u64));
     let all = [parts.code].into_iter().chain(others).chain([parts.state, parts.rings]);
     let mapped = all.filter(|(_, len)| *len > 0).collect();
