@@ -388,9 +388,9 @@ fn remove(loaded: &Loaded, wrapped: bool, filtered: bool, left: &mut LeftBehind)
     }
 }
 
-/// The region that stays names nothing beside itself any more: what the application has there later is not ours.
+/// The region that stays names nothing beside itself any more, but for the state until that is unmapped: what the application
+/// has there later is not ours.
 fn withdraw(inferior: &Inferior, base: RemoteAddr) -> Result<(), TraceError> {
-    inferior.write(base.offset(near::STATE_AT as u64), &[0; 16])?;
     inferior.write(base.offset(near::RINGS_AT as u64), &[0; 16])?;
     let code = [base.0.to_le_bytes(), (super::region::REGION_LEN as u64).to_le_bytes()].concat();
     inferior.write(base.offset(near::CODE_AT as u64), &code)

@@ -15,6 +15,7 @@ use crate::agent_abi::{self as abi, PythonFacts, State, function, may};
 use crate::inferior::error::{AttachError, TraceError};
 use crate::inferior::remote_call::Call;
 use crate::inferior::{Inferior, facts, maps};
+use crate::memory::RemoteMemory;
 use nix::errno::Errno;
 use std::mem::offset_of;
 use std::os::fd::OwnedFd;
@@ -126,11 +127,16 @@ pub fn unload(inferior: &mut Inferior, parts: &Parts, regions: &[RemoteAddr]) ->
     let mapped = all.filter(|(_, len)| *len > 0).collect();
     let header = regions.first().copied();
     let mut loader = Loader { inferior, header, mapped };
-    if let Some(first) = header.filter(|first| *first != parts.code.0) {
-        // The first region stays, the agent behind it goes.
+    // Where the first region stays, the agent behind it goes.
+    let staying = header.filter(|first| *first != parts.code.0);
+    if let Some(first) = staying {
         loader.note(near::CODE_AT, (first, REGION_LEN as u64))?;
     }
-    loader.unmap()
+    loader.unmap()?;
+    match staying {
+        Some(_) if !loader.inferior.has_ended() => Ok(loader.note(near::STATE_AT, (RemoteAddr::NULL, 0))?),
+        _ => Ok(()),
+    }
 }
 
 /// Seizes a thread to unmap in the name of. Another heaptap that was refused, or a debugger that had a look, is gone soon.
@@ -224,8 +230,7 @@ impl Loader<'_> {
         Ok(regions)
     }
 
-    /// Tells in the first region where a part is, or that it is nowhere any more: from then on the application may have
-    /// something of its own there.
+    /// Tells in the first region where a part is.
     fn note(&self, at: usize, (addr, len): (RemoteAddr, u64)) -> Result<(), TraceError> {
         let Some(header) = self.header else { return Ok(()) };
         let pair = [addr.0.to_le_bytes(), len.to_le_bytes()].concat();
@@ -302,9 +307,15 @@ impl Loader<'_> {
         Ok((RemoteAddr(at), file.into()))
     }
 
+    /// Notes that the state is about to go. Killed before it is gone, heaptap leaves what the next one finds.
+    fn note_leaving(&self) -> Result<(), TraceError> {
+        let Some(header) = self.header else { return Ok(()) };
+        withdraw_state(self.inferior, header)
+    }
+
     /// Last mapped first: what names the rest goes when the rest is gone.
     fn unmap(&mut self) -> Result<(), ProbeError> {
-        let mut first = self.note(near::STATE_AT, (RemoteAddr::NULL, 0)).map_err(ProbeError::from);
+        let mut first = self.note_leaving().map_err(ProbeError::from);
         for (at, len) in std::mem::take(&mut self.mapped).into_iter().rev() {
             match self.call("munmap", libc::SYS_munmap, &[at.0, len]) {
                 Ok(_) => {}
@@ -320,6 +331,19 @@ impl Loader<'_> {
             tracing::error!("undoing a refused attach: {error}");
         }
     }
+}
+
+/// Marks the state that the region at `header` names as about to be unmapped: see [`near::LEAVING`].
+pub(super) fn withdraw_state(inferior: &Inferior, header: RemoteAddr) -> Result<(), TraceError> {
+    let note = header.offset(near::STATE_AT as u64);
+    let [state, len] = [note, note.offset(8)].map(|at| inferior.memory().read_u64(at).unwrap_or(0));
+    if len == 0 || len & near::LEAVING != 0 {
+        return Ok(());
+    }
+    // One that was not filled in yet, or is a forked child's, has none.
+    let magic = RemoteAddr(state).offset(offset_of!(State, magic) as u64);
+    inferior.write(magic, &abi::STATE_MAGIC.to_le_bytes())?;
+    inferior.write(note.offset(8), &(len | near::LEAVING).to_le_bytes())
 }
 
 fn proc_error(source: maps::FactError) -> TraceError {

@@ -22,6 +22,9 @@ pub const MAGIC: [u8; 8] = *b"heaptap\x02";
 /// Offsets in the header of the pairs (address, length) of what else there is: the state, the ring memory, the code (this region
 /// and the agent behind it).
 pub const STATE_AT: usize = 32;
+/// In the length of the state: it is being unmapped. From then on the application may have something of its own there, and
+/// it is ours only while it has the magic of one.
+pub const LEAVING: u64 = 1 << 63;
 /// See [`STATE_AT`].
 pub const RINGS_AT: usize = 48;
 /// See [`STATE_AT`].

@@ -8,6 +8,7 @@ use super::error::ProbeError;
 use super::install::{calling_thread, sigaction};
 use super::jump::Presence;
 use super::lift::LeftBehind;
+use super::load;
 use super::near::{self, Parts};
 use super::references;
 use super::region::{HANDLER_INSTALLED, HEADER_LEN, MAGIC, NOP, ORIGINAL_ACTION, PATCH_LEN, REGION_LEN};
@@ -116,12 +117,20 @@ impl Stale {
         if self.jump.is_none() {
             return Ok(());
         }
-        inferior.write(self.base.offset(near::STATE_AT as u64), &[0; 16])?;
+        load::withdraw_state(inferior, self.base)?;
         if keep {
             let code = [self.base.0.to_le_bytes(), (REGION_LEN as u64).to_le_bytes()].concat();
             inferior.write(self.base.offset(near::CODE_AT as u64), &code)?;
         }
         Ok(())
+    }
+
+    /// The state is gone, the first region stays.
+    fn forget_state(&self, inferior: &Inferior) -> Result<(), TraceError> {
+        match self.jump {
+            Some(_) => inferior.write(self.base.offset(near::STATE_AT as u64), &[0; 16]),
+            None => Ok(()),
+        }
     }
 
     /// Everything mapped, the first region last, so that what finds the rest goes when the rest is gone. `keep`: without the
@@ -159,9 +168,16 @@ pub fn find(memory: &dyn RemoteMemory, maps: &[Mapping]) -> Vec<Stale> {
             let mut stale = parse(base, &memory.read_vec(base, REGION_LEN).ok()?)?;
             if let Some(jump) = &mut stale.jump {
                 let magic = jump.parts.state.0.offset(std::mem::offset_of!(State, magic) as u64);
+                let has_magic = memory.read_u64(magic).ok() == Some(STATE_MAGIC);
+                let leaving = jump.parts.state.1 & near::LEAVING != 0;
+                jump.parts.state.1 &= !near::LEAVING;
+                if leaving && !has_magic {
+                    // It is gone. What is there now, if anything, is the application's.
+                    jump.parts.state = (RemoteAddr::NULL, 0);
+                }
                 // The state is written before the table of patches.
                 let complete = jump.parts.state.1 > 0 && !stale.patches.is_empty();
-                jump.inherited = complete && memory.read_u64(magic).ok() != Some(STATE_MAGIC);
+                jump.inherited = complete && !has_magic;
                 // What is not ours any more is none of them.
                 jump.others.retain(|at| memory.read_vec(*at, 8).is_ok_and(|bytes| bytes == near::MAGIC));
             }
@@ -209,7 +225,7 @@ fn parse_jump(base: RemoteAddr, bytes: &[u8]) -> Option<Jump> {
     let abi = u32::from_le_bytes(bytes.get(near::ABI_AT..near::ABI_AT + 4)?.try_into().ok()?);
     let plausible = parts.code.0 == base
         && (REGION_LEN as u64..16 << 20).contains(&parts.code.1)
-        && parts.state.1 < 1 << 30
+        && parts.state.1 & !near::LEAVING < 1 << 30
         && abi == ABI_VERSION;
     let others = (0..8).map_while(|i| word(bytes, near::OTHERS_AT + 8 * i).filter(|at| *at != 0));
     let others: Vec<_> = others.map(RemoteAddr).collect();
@@ -266,6 +282,7 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
             left.why = vec![references::WHY.into()];
             stale.withdraw(inferior, true)?;
             unmap(inferior, tid, &stale.mapped(&maps, true))?;
+            stale.forget_state(inferior)?;
         } else {
             stale.withdraw(inferior, false)?;
             unmap(inferior, tid, &stale.mapped(&maps, false))?;

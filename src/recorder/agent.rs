@@ -27,6 +27,7 @@ use crate::memory::RemoteMemory;
 use crate::probe::jump;
 use crate::probe::lift::LeftBehind;
 use crate::probe::load::Loaded;
+use crate::probe::region::copied_code;
 use crate::probe::ring::{Heart, Missing, ticks};
 use crate::probe::ring_record::{Event, What};
 use std::time::{Duration, Instant};
@@ -193,9 +194,10 @@ impl AgentSource {
     }
 
     fn measure(&mut self) {
-        let parts = &self.loaded.parts;
-        match self.target.resident(&[parts.state, parts.rings, parts.code]) {
-            Ok(bytes) => self.counts.extra_bytes = bytes,
+        let mut ranges = self.loaded.code();
+        ranges.extend([self.loaded.parts.state, self.loaded.parts.rings]);
+        match self.target.resident(&ranges) {
+            Ok(bytes) => self.counts.extra_bytes = bytes + copied_code(self.loaded.patches()),
             Err(error) => tracing::debug!("what is resident in the target cannot be told: {error}"),
         }
     }
@@ -272,8 +274,9 @@ impl AgentSource {
 impl RecordSource for AgentSource {
     const COUNTS_CALLS: bool = false;
 
-    /// The target runs already.
+    /// The target runs already. It may be gone before the first second is over.
     fn start(&mut self) -> Result<(), RecordError> {
+        self.measure();
         Ok(())
     }
 
