@@ -79,24 +79,29 @@ impl Stale {
         (len == 8 && thunk.0.wrapping_sub(self.base.0) < REGION_LEN as u64).then_some(thunk)
     }
 
-    /// Takes the patches back. Answers the thunks behind words that hold something else by now: somebody wrapped the
-    /// allocator and may call through them, so that they must only pass calls on.
+    /// Takes the patches back, and has the thunks of words only pass calls on. Answers those whose address the application may
+    /// have: of words that hold something else by now, and of CPython's tables, which it may have copied at any time.
     fn undo_patches(&self, inferior: &Inferior) -> Result<Vec<u64>, ProbeError> {
-        let mut changed = Vec::new();
+        let mut thunks = Vec::new();
+        // A recording without the tables has one word, `tp_dealloc`, of which nobody takes a copy.
+        let has_tables = self.patches.iter().filter(|(_, len, ..)| *len == 8).count() > 1;
         for (address, len, before, planted) in &self.patches {
             let now = inferior.memory().read_vec(*address, *len).unwrap_or_default();
-            if let Some(first) = near::first_to_restore(&now, &planted[..*len]) {
+            let first = near::first_to_restore(&now, &planted[..*len]);
+            if let Some(first) = first {
                 inferior.write(address.offset(first as u64), &before[first..*len])?;
-            } else if let Some(thunk) = self.thunk_of_word(*len, *planted) {
-                if self.is_jump() {
-                    inferior.write(thunk, &near::pass_on(RemoteAddr(u64::from_le_bytes(*before))))?;
-                } else {
-                    inferior.write(thunk, &[NOP])?;
-                }
-                changed.push(thunk.0);
+            }
+            let Some(thunk) = self.thunk_of_word(*len, *planted) else { continue };
+            if self.is_jump() {
+                pass_on(inferior, thunk, RemoteAddr(u64::from_le_bytes(*before)))?;
+            } else {
+                inferior.write(thunk, &[NOP])?;
+            }
+            if first.is_none() || has_tables {
+                thunks.push(thunk.0);
             }
         }
-        Ok(changed)
+        Ok(thunks)
     }
 
     /// Ranges in which a thread executes our code.
@@ -234,9 +239,9 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
         inferior.suspend_filters().map_err(|errno| ProbeError::Seccomp { errno })?;
     }
     inferior.prepare_calls()?;
-    let mut changed = Vec::new();
+    let mut thunks = Vec::new();
     for stale in found {
-        changed.push(stale.undo_patches(inferior)?);
+        thunks.push(stale.undo_patches(inferior)?);
     }
     let mut left = LeftBehind::default();
     let start = Instant::now();
@@ -249,6 +254,16 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
         }
         inferior.run_for(INTERVAL)?;
     }
+    // Before anything is unmapped: the process may run while its memory is searched.
+    let mut kept = Vec::new();
+    for (stale, thunks) in found.iter().zip(&thunks) {
+        let search = if stale.is_jump() {
+            references::kept(inferior, thunks)
+        } else {
+            references::any(inferior, thunks)
+        };
+        kept.push(search?);
+    }
     let tid = calling_thread(inferior)?;
     let maps = mappings(inferior)?;
     for stale in found {
@@ -257,22 +272,28 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
             inferior.remote_syscall(tid, sigaction(original, RemoteAddr::NULL))?;
         }
     }
-    for (stale, thunks) in found.iter().zip(changed) {
-        if references::any(inferior, &thunks)? {
+    for (stale, keep) in found.iter().zip(kept) {
+        if keep {
             if !stale.is_jump() {
                 inferior.write(stale.base.offset(HANDLER_INSTALLED), &0_u64.to_le_bytes())?;
             }
             left.regions.push(stale.base);
             left.why = vec![references::WHY.into()];
-            stale.withdraw(inferior, true)?;
-            unmap(inferior, tid, &stale.mapped(&maps, true))?;
-        } else {
-            stale.withdraw(inferior, false)?;
-            unmap(inferior, tid, &stale.mapped(&maps, false))?;
         }
+        stale.withdraw(inferior, keep)?;
+        unmap(inferior, tid, &stale.mapped(&maps, keep))?;
     }
     close_ring_files(inferior, tid)?;
     Ok(left)
+}
+
+/// See [`near::pass_on`]. An older heaptap has written a thunk that does nothing else over the ordinary one: that stays.
+fn pass_on(inferior: &Inferior, thunk: RemoteAddr, original: RemoteAddr) -> Result<(), TraceError> {
+    if inferior.memory().read_vec(thunk, 8).is_ok_and(|head| near::is_thunk(&head)) {
+        let (at, bytes) = near::pass_on(thunk, original);
+        inferior.write(at, &bytes)?;
+    }
+    Ok(())
 }
 
 /// A heaptap that was killed between making the ring memory and closing its descriptor left that open.
