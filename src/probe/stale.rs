@@ -80,24 +80,29 @@ impl Stale {
         (len == 8 && thunk.0.wrapping_sub(self.base.0) < REGION_LEN as u64).then_some(thunk)
     }
 
-    /// Takes the patches back. Answers the thunks behind words that hold something else by now: somebody wrapped the
-    /// allocator and may call through them, so that they must only pass calls on.
+    /// Takes the patches back, and has the thunks of words only pass calls on. Answers those whose address the application may
+    /// have: of words that hold something else by now, and of CPython's tables, which it may have copied at any time.
     fn undo_patches(&self, inferior: &Inferior) -> Result<Vec<u64>, ProbeError> {
-        let mut changed = Vec::new();
+        let mut thunks = Vec::new();
+        // A recording without the tables has one word, `tp_dealloc`, of which nobody takes a copy.
+        let has_tables = self.patches.iter().filter(|(_, len, ..)| *len == 8).count() > 1;
         for (address, len, before, planted) in &self.patches {
             let now = inferior.memory().read_vec(*address, *len).unwrap_or_default();
-            if let Some(first) = near::first_to_restore(&now, &planted[..*len]) {
+            let first = near::first_to_restore(&now, &planted[..*len]);
+            if let Some(first) = first {
                 inferior.write(address.offset(first as u64), &before[first..*len])?;
-            } else if let Some(thunk) = self.thunk_of_word(*len, *planted) {
-                if self.is_jump() {
-                    inferior.write(thunk, &near::pass_on(RemoteAddr(u64::from_le_bytes(*before))))?;
-                } else {
-                    inferior.write(thunk, &[NOP])?;
-                }
-                changed.push(thunk.0);
+            }
+            let Some(thunk) = self.thunk_of_word(*len, *planted) else { continue };
+            if self.is_jump() {
+                pass_on(inferior, thunk, RemoteAddr(u64::from_le_bytes(*before)))?;
+            } else {
+                inferior.write(thunk, &[NOP])?;
+            }
+            if first.is_none() || has_tables {
+                thunks.push(thunk.0);
             }
         }
-        Ok(changed)
+        Ok(thunks)
     }
 
     /// Ranges in which a thread executes our code.
@@ -146,11 +151,14 @@ impl Stale {
         let private = |m: &Mapping| m.backing == Backing::Anonymous && m.perms.write && !m.perms.execute;
         let state = at(jump.parts.state.0).is_some_and(private).then_some(jump.parts.state);
         let others = jump.others.iter().map(|at| (*at, REGION_LEN as u64));
+        let others = others.filter(|(at, len)| is_code(maps, *at, *len));
         let (base, len) = jump.parts.code;
-        let first = if keep { REGION_LEN as u64 } else { 0 };
+        let region = REGION_LEN as u64;
         // Where only the first region was left, there is nothing behind it.
-        let behind = Some((base.offset(first), len.saturating_sub(first))).filter(|(_, len)| *len > 0);
-        rings.chain(state).chain(others).chain(behind).collect()
+        let agent = Some((base.offset(region), len.saturating_sub(region)));
+        let agent = agent.filter(|(at, len)| *len > 0 && is_code(maps, *at, *len));
+        let first = Some((base, region)).filter(|_| !keep);
+        rings.chain(state).chain(others).chain(agent).chain(first).collect()
     }
 }
 
@@ -178,12 +186,44 @@ pub fn find(memory: &dyn RemoteMemory, maps: &[Mapping]) -> Vec<Stale> {
                 // The state is written before the table of patches.
                 let complete = jump.parts.state.1 > 0 && !stale.patches.is_empty();
                 jump.inherited = complete && !has_magic;
-                // What is not ours any more is none of them.
-                jump.others.retain(|at| memory.read_vec(*at, 8).is_ok_and(|bytes| bytes == near::MAGIC));
+                jump.others.retain(|at| is_other_region(memory, maps, *at, stale.controller));
             }
             Some(stale)
         })
         .collect()
+}
+
+/// Whether a further region that the first names is one still: private code that begins as that heaptap's regions begin. What is
+/// not ours any more is none.
+fn is_other_region(
+    memory: &dyn RemoteMemory,
+    maps: &[Mapping],
+    at: RemoteAddr,
+    (pid, start_time): (i32, u64),
+) -> bool {
+    let Ok(bytes) = memory.read_vec(at, HEADER_LEN) else { return false };
+    is_code(maps, at, REGION_LEN as u64)
+        && bytes[..8] == near::MAGIC
+        && bytes[8..12] == (REGION_LEN as u32).to_le_bytes()
+        && (word(&bytes, 16), word(&bytes, 24)) == (Some(pid as u64), Some(start_time))
+}
+
+/// Whether all of the range is private executable memory that nothing backs and nobody may write to, as our code is.
+fn is_code(maps: &[Mapping], at: RemoteAddr, len: u64) -> bool {
+    let Some(end) = at.0.checked_add(len) else { return false };
+    let ours = |m: &&Mapping| {
+        let perms = m.perms;
+        m.backing == Backing::Anonymous && perms.execute && !perms.write && !perms.shared
+    };
+    let mut from = at;
+    // The kernel shows neighbours with unequal flags as two.
+    while from.0 < end {
+        match maps.iter().filter(ours).find(|m| m.contains(from)) {
+            Some(mapping) => from = mapping.end,
+            None => return false,
+        }
+    }
+    at.0.is_multiple_of(PAGE)
 }
 
 fn word(bytes: &[u8], at: usize) -> Option<u64> {
@@ -250,9 +290,9 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
         inferior.suspend_filters().map_err(|errno| ProbeError::Seccomp { errno })?;
     }
     inferior.prepare_calls()?;
-    let mut changed = Vec::new();
+    let mut thunks = Vec::new();
     for stale in found {
-        changed.push(stale.undo_patches(inferior)?);
+        thunks.push(stale.undo_patches(inferior)?);
     }
     let mut left = LeftBehind::default();
     let start = Instant::now();
@@ -265,6 +305,16 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
         }
         inferior.run_for(INTERVAL)?;
     }
+    // Before anything is unmapped: the process may run while its memory is searched.
+    let mut kept = Vec::new();
+    for (stale, thunks) in found.iter().zip(&thunks) {
+        let search = if stale.is_jump() {
+            references::kept(inferior, thunks)
+        } else {
+            references::any(inferior, thunks)
+        };
+        kept.push(search?);
+    }
     let tid = calling_thread(inferior)?;
     let maps = mappings(inferior)?;
     for stale in found {
@@ -273,23 +323,31 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
             inferior.remote_syscall(tid, sigaction(original, RemoteAddr::NULL))?;
         }
     }
-    for (stale, thunks) in found.iter().zip(changed) {
-        if references::any(inferior, &thunks)? {
+    for (stale, keep) in found.iter().zip(kept) {
+        if keep {
             if !stale.is_jump() {
                 inferior.write(stale.base.offset(HANDLER_INSTALLED), &0_u64.to_le_bytes())?;
             }
             left.regions.push(stale.base);
             left.why = vec![references::WHY.into()];
-            stale.withdraw(inferior, true)?;
-            unmap(inferior, tid, &stale.mapped(&maps, true))?;
+        }
+        stale.withdraw(inferior, keep)?;
+        unmap(inferior, tid, &stale.mapped(&maps, keep))?;
+        if keep {
             stale.forget_state(inferior)?;
-        } else {
-            stale.withdraw(inferior, false)?;
-            unmap(inferior, tid, &stale.mapped(&maps, false))?;
         }
     }
     close_ring_files(inferior, tid)?;
     Ok(left)
+}
+
+/// See [`near::pass_on`]. An older heaptap has written a thunk that does nothing else over the ordinary one: that stays.
+fn pass_on(inferior: &Inferior, thunk: RemoteAddr, original: RemoteAddr) -> Result<(), TraceError> {
+    if inferior.memory().read_vec(thunk, 8).is_ok_and(|head| near::is_thunk(&head)) {
+        let (at, bytes) = near::pass_on(thunk, original);
+        inferior.write(at, &bytes)?;
+    }
+    Ok(())
 }
 
 /// A heaptap that was killed between making the ring memory and closing its descriptor left that open.
@@ -374,6 +432,9 @@ fn is_busy_with_traps(inferior: &Inferior, found: &[&Stale]) -> Result<bool, Pro
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mapping::Perms;
+    use crate::memory::BytesMemory;
+    use crate::probe::near::NearRegion;
     use crate::probe::region::{Controller, Patch, Region};
 
     #[test]
@@ -391,6 +452,51 @@ mod tests {
         assert_eq!(stale.controller, (77, 5));
         assert!(stale.handler_installed);
         assert_eq!(stale.patches, [(RemoteAddr(0x4000), 1, patch.before, patch.planted)]);
+    }
+
+    fn mapping(start: u64, len: u64, rights: [bool; 3], backing: Backing) -> Mapping {
+        let [write, execute, shared] = rights;
+        let perms = Perms { read: true, write, execute, shared };
+        let (start, end) = (RemoteAddr(start), RemoteAddr(start + len));
+        Mapping { start, end, perms, offset: 0, device: (0, 0), inode: 0, backing }
+    }
+
+    /// What a first region names may be the application's by now: then it is left alone.
+    #[test]
+    fn only_what_looks_like_ours_is_unmapped() {
+        const CODE: [bool; 3] = [false, true, false];
+        const LEN: u64 = REGION_LEN as u64;
+        let by = Controller { pid: 77, start_time: 5 };
+        let [first, agent_len] = [0x10_0000, 0x7000];
+        let others = [0x20_0000, 0x30_0000, 0x40_0000, 0x50_0000, 0x60_0000].map(RemoteAddr);
+        let [whole, half, data, file, strangers] = others;
+        let mut region = NearRegion::new(RemoteAddr(first), by);
+        let parts = Parts { code: (RemoteAddr(first), LEN + agent_len), ..Parts::default() };
+        region.finish_first(&[], &parts, &others).unwrap();
+        let mut memory = BytesMemory::new();
+        memory.map(RemoteAddr(first), region.image().unwrap());
+        for other in others {
+            let by = if other == strangers { Controller { pid: 78, ..by } } else { by };
+            memory.map(other, NearRegion::new(other, by).image().unwrap());
+        }
+        let path = Backing::File { path: "/usr/lib/other.so".into(), deleted: false };
+        let maps = [
+            mapping(first, LEN, CODE, Backing::Anonymous),
+            mapping(first + LEN, agent_len, CODE, Backing::Anonymous),
+            mapping(whole.0, LEN, CODE, Backing::Anonymous),
+            mapping(half.0, LEN / 2, CODE, Backing::Anonymous),
+            mapping(data.0, LEN, [true, false, false], Backing::Anonymous),
+            mapping(file.0, LEN, CODE, path),
+            mapping(strangers.0, LEN, CODE, Backing::Anonymous),
+        ];
+        let found = find(&memory, &maps);
+        let stale = found.iter().find(|s| s.base == RemoteAddr(first)).unwrap();
+        let agent = (RemoteAddr(first + LEN), agent_len);
+        assert_eq!(stale.mapped(&maps, true), [(whole, LEN), agent]);
+        assert_eq!(stale.mapped(&maps, false), [(whole, LEN), agent, (RemoteAddr(first), LEN)]);
+        // The agent's place is another's by now.
+        let maps = [mapping(first, LEN, CODE, Backing::Anonymous)];
+        assert_eq!(stale.mapped(&maps, false), [(RemoteAddr(first), LEN)]);
     }
 
     #[test]
