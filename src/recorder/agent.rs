@@ -6,6 +6,7 @@
 
 use super::RecordError;
 use super::clock::Clock;
+use super::graves::Graves;
 use super::guard::Guard;
 use super::ledger::Ledger;
 use super::merge::Merger;
@@ -52,6 +53,7 @@ pub struct AgentSource {
     memory: ProcessMemory,
     target: TargetState,
     guard: Guard,
+    graves: Graves,
     /// Every event is recorded.
     exact: bool,
     /// Its system calls are filtered.
@@ -91,6 +93,7 @@ impl AgentSource {
             tids: Tids::new(pid),
             target: TargetState::open(pid, loaded.parts.state.0, handle)?,
             guard: Guard::new(settings.interval, max_cpu),
+            graves: Graves::default(),
             loaded,
             _heart: heart,
             reconciler: Reconciler::default(),
@@ -154,6 +157,7 @@ impl AgentSource {
         let Ok(counts) = self.target.counts() else { return };
         self.counts.passed_through = counts.passed_through;
         self.counts.without_slot = counts.without_slot;
+        self.graves.look(self.loaded.pid, self.loaded.parts.state.0, &counts);
         if !self.exact
             && let Some(interval) = self.guard.look(ticks(), counts.spent)
         {
