@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE) as u64;
 const READ_EXECUTE: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+const PAGE: u64 = 4096;
 const READ_WRITE: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
 /// `<linux/memfd.h>`; kernels before 6.3 do not know it.
 const MFD_NOEXEC_SEAL: u64 = 8;
@@ -263,12 +264,37 @@ impl Loader<'_> {
     /// Zero in a forked child: it passes everything through. No huge pages: a touch would take 2 MiB.
     fn map_state(&mut self) -> Result<RemoteAddr, ProbeError> {
         let len = size_of::<State>() as u64;
-        let at = self.call("mmap", libc::SYS_mmap, &[0, len, READ_WRITE, PRIVATE, u64::MAX, 0])?;
-        self.mapped.push((RemoteAddr(at), len));
-        self.note(near::STATE_AT, (RemoteAddr(at), len))?;
-        self.call("madvise", libc::SYS_madvise, &[at, len, libc::MADV_WIPEONFORK as u64])?;
-        self.no_huge_pages(at, len)?;
-        Ok(RemoteAddr(at))
+        let at = self.map_noted(len)?;
+        self.note(near::STATE_AT, (at, len))?;
+        self.call("madvise", libc::SYS_madvise, &[at.0, len, libc::MADV_WIPEONFORK as u64])?;
+        self.no_huge_pages(at.0, len)?;
+        Ok(at)
+    }
+
+    /// Private memory whose place was noted before it was mapped: a heaptap that is killed in between leaves nothing that can't be
+    /// found. A page on either side stays free, lest the kernel shows it as one with its neighbour.
+    fn map_noted(&mut self, len: u64) -> Result<RemoteAddr, ProbeError> {
+        let maps = maps::mappings(self.inferior.pid()).map_err(proc_error)?;
+        let near = self.header.unwrap_or(RemoteAddr::NULL);
+        let found = places(&maps, near, len + 2 * PAGE).into_iter().map(|at| at.offset(PAGE));
+        // No place near: the kernel's own choice, noted afterwards.
+        for place in found.chain([RemoteAddr::NULL]) {
+            let fixed = if place == RemoteAddr::NULL { 0 } else { libc::MAP_FIXED_NOREPLACE as u64 };
+            if fixed != 0 {
+                self.note(near::STATE_AT, (place, len | near::COMING))?;
+            }
+            match self.call("mmap", libc::SYS_mmap, &[place.0, len, READ_WRITE, PRIVATE | fixed, u64::MAX, 0])
+            {
+                Ok(at) => {
+                    self.mapped.push((RemoteAddr(at), len));
+                    return Ok(RemoteAddr(at));
+                }
+                // The other threads run: one took the gap.
+                Err(TraceError::RemoteCall { errno: Errno::EEXIST | Errno::EPERM, .. }) if fixed != 0 => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(ProbeError::NoRoom { addr: near, module: "the agent's state".into() })
     }
 
     fn no_huge_pages(&mut self, at: u64, len: u64) -> Result<(), TraceError> {
@@ -337,7 +363,7 @@ impl Loader<'_> {
 pub(super) fn withdraw_state(inferior: &Inferior, header: RemoteAddr) -> Result<(), TraceError> {
     let note = header.offset(near::STATE_AT as u64);
     let [state, len] = [note, note.offset(8)].map(|at| inferior.memory().read_u64(at).unwrap_or(0));
-    if len == 0 || len & near::LEAVING != 0 {
+    if len == 0 || len & (near::LEAVING | near::COMING) != 0 {
         return Ok(());
     }
     // One that was not filled in yet, or is a forked child's, has none.

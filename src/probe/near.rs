@@ -25,6 +25,8 @@ pub const STATE_AT: usize = 32;
 /// In the length of the state: it is being unmapped. From then on the application may have something of its own there, and
 /// it is ours only while it has the magic of one.
 pub const LEAVING: u64 = 1 << 63;
+/// In the length of the state: it is being mapped. It is ours only if there is a mapping of exactly that place and length.
+pub const COMING: u64 = 1 << 62;
 /// See [`STATE_AT`].
 pub const RINGS_AT: usize = 48;
 /// See [`STATE_AT`].

@@ -4,6 +4,7 @@
 //! Nothing in a region is trusted further than it can be checked: a patch is undone only where memory holds
 //! exactly what that patch planted, a mapping is unmapped only where it looks like ours.
 
+use super::agent_image::AgentImage;
 use super::error::ProbeError;
 use super::install::{calling_thread, sigaction};
 use super::jump::Presence;
@@ -39,6 +40,8 @@ pub struct Stale {
     patches: Vec<(RemoteAddr, usize, [u8; 8], [u8; 8])>,
     /// The rest of the jump kind.
     jump: Option<Jump>,
+    /// Mapped, and nothing written into it yet: see [`blank`].
+    blank: bool,
 }
 
 /// What the jump kind has beside its first region.
@@ -105,6 +108,12 @@ impl Stale {
         Ok(thunks)
     }
 
+    /// Whether all of a region is zero.
+    fn is_still_blank(&self, memory: &dyn RemoteMemory) -> bool {
+        let (base, len) = self.jump.as_ref().map_or((self.base, 0), |jump| jump.parts.code);
+        memory.read_vec(base, len as usize).is_ok_and(|bytes| bytes.iter().all(|byte| *byte == 0))
+    }
+
     /// Ranges in which a thread executes our code.
     fn code(&self) -> Vec<(RemoteAddr, u64)> {
         let region = |at| (at, REGION_LEN as u64);
@@ -164,6 +173,31 @@ impl Stale {
 
 /// Every region of ours in a process. Reads only.
 pub fn find(memory: &dyn RemoteMemory, maps: &[Mapping]) -> Vec<Stale> {
+    let mut found = written(memory, maps);
+    found.extend(maps.iter().filter_map(|m| blank(memory, m)));
+    found
+}
+
+/// A region that a heaptap mapped which was killed before it had written a byte: private executable memory of exactly the size of
+/// one, all zero. No thread can be in it, for zeroes fault; and whoever writes there by now is told by a second look, taken
+/// while the process stands still.
+fn blank(memory: &dyn RemoteMemory, mapping: &Mapping) -> Option<Stale> {
+    let region = REGION_LEN as u64;
+    let agent = AgentImage::new().ok()?.bytes.len() as u64;
+    let len = mapping.len();
+    let is_ours = len == region || len == (region + agent).next_multiple_of(PAGE);
+    if !is_ours || !is_code(std::slice::from_ref(mapping), mapping.start, len) {
+        return None;
+    }
+    let parts = Parts { code: (mapping.start, len), ..Parts::default() };
+    let jump = Some(Jump { parts, others: vec![], inherited: false });
+    let (base, controller) = (mapping.start, (0, 0));
+    let stale = Stale { base, controller, handler_installed: false, patches: vec![], jump, blank: true };
+    stale.is_still_blank(memory).then_some(stale)
+}
+
+/// The regions that begin with a magic.
+fn written(memory: &dyn RemoteMemory, maps: &[Mapping]) -> Vec<Stale> {
     let candidates =
         maps.iter().filter(|m| m.backing == Backing::Anonymous && m.perms.execute && !m.perms.write);
     // The kernel shows neighbouring mappings with equal rights as one.
@@ -177,12 +211,12 @@ pub fn find(memory: &dyn RemoteMemory, maps: &[Mapping]) -> Vec<Stale> {
             if let Some(jump) = &mut stale.jump {
                 let magic = jump.parts.state.0.offset(std::mem::offset_of!(State, magic) as u64);
                 let has_magic = memory.read_u64(magic).ok() == Some(STATE_MAGIC);
-                let leaving = jump.parts.state.1 & near::LEAVING != 0;
-                jump.parts.state.1 &= !near::LEAVING;
-                if leaving && !has_magic {
-                    // It is gone. What is there now, if anything, is the application's.
-                    jump.parts.state = (RemoteAddr::NULL, 0);
-                }
+                let (at, noted) = jump.parts.state;
+                let len = noted & !(near::LEAVING | near::COMING);
+                let is_gone = noted & near::LEAVING != 0 && !has_magic;
+                let never_came = noted & near::COMING != 0 && !is_state(maps, at, len);
+                // What is there then, if anything, is the application's.
+                jump.parts.state = if is_gone || never_came { (RemoteAddr::NULL, 0) } else { (at, len) };
                 // The state is written before the table of patches.
                 let complete = jump.parts.state.1 > 0 && !stale.patches.is_empty();
                 jump.inherited = complete && !has_magic;
@@ -206,6 +240,13 @@ fn is_other_region(
         && bytes[..8] == near::MAGIC
         && bytes[8..12] == (REGION_LEN as u32).to_le_bytes()
         && (word(&bytes, 16), word(&bytes, 24)) == (Some(pid as u64), Some(start_time))
+}
+
+/// Whether a mapping of the application's own memory is at this place and has this length to the page.
+fn is_state(maps: &[Mapping], at: RemoteAddr, len: u64) -> bool {
+    let pages = len.checked_next_multiple_of(PAGE);
+    let ours = |m: &&Mapping| m.backing == Backing::Anonymous && m.perms.write && !m.perms.execute;
+    maps.iter().filter(ours).any(|m| m.start == at && Some(m.len()) == pages)
 }
 
 /// Whether all of the range is private executable memory that nothing backs and nobody may write to, as our code is.
@@ -253,6 +294,7 @@ fn parse(base: RemoteAddr, bytes: &[u8]) -> Option<Stale> {
         handler_installed: jump.is_none() && word(bytes, HANDLER_INSTALLED as usize)? == 1,
         patches,
         jump,
+        blank: false,
     })
 }
 
@@ -265,7 +307,7 @@ fn parse_jump(base: RemoteAddr, bytes: &[u8]) -> Option<Jump> {
     let abi = u32::from_le_bytes(bytes.get(near::ABI_AT..near::ABI_AT + 4)?.try_into().ok()?);
     let plausible = parts.code.0 == base
         && (REGION_LEN as u64..16 << 20).contains(&parts.code.1)
-        && parts.state.1 & !near::LEAVING < 1 << 30
+        && parts.state.1 & !(near::LEAVING | near::COMING) < 1 << 30
         && abi == ABI_VERSION;
     let others = (0..8).map_while(|i| word(bytes, near::OTHERS_AT + 8 * i).filter(|at| *at != 0));
     let others: Vec<_> = others.map(RemoteAddr).collect();
@@ -324,6 +366,12 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
         }
     }
     for (stale, keep) in found.iter().zip(kept) {
+        if stale.blank {
+            if stale.is_still_blank(inferior.memory()) {
+                unmap(inferior, tid, &stale.mapped(&maps, false))?;
+            }
+            continue;
+        }
         if keep {
             if !stale.is_jump() {
                 inferior.write(stale.base.offset(HANDLER_INSTALLED), &0_u64.to_le_bytes())?;
@@ -430,80 +478,5 @@ fn is_busy_with_traps(inferior: &Inferior, found: &[&Stale]) -> Result<bool, Pro
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::mapping::Perms;
-    use crate::memory::BytesMemory;
-    use crate::probe::near::NearRegion;
-    use crate::probe::region::{Controller, Patch, Region};
-
-    #[test]
-    fn a_region_written_is_a_region_found() {
-        let mut region = Region::new(RemoteAddr(0x10000), Controller { pid: 77, start_time: 5 });
-        let patch = Patch {
-            address: RemoteAddr(0x4000),
-            len: 1,
-            before: [0x55, 0, 0, 0, 0, 0, 0, 0],
-            planted: [0xcc, 0, 0, 0, 0, 0, 0, 0],
-        };
-        region.finish_first(&[patch], &[(RemoteAddr(1), RemoteAddr(2))], &[], true).unwrap();
-        region.set_original_action(&[0; 32], true);
-        let stale = parse(RemoteAddr(0x10000), &region.image().unwrap()).unwrap();
-        assert_eq!(stale.controller, (77, 5));
-        assert!(stale.handler_installed);
-        assert_eq!(stale.patches, [(RemoteAddr(0x4000), 1, patch.before, patch.planted)]);
-    }
-
-    fn mapping(start: u64, len: u64, rights: [bool; 3], backing: Backing) -> Mapping {
-        let [write, execute, shared] = rights;
-        let perms = Perms { read: true, write, execute, shared };
-        let (start, end) = (RemoteAddr(start), RemoteAddr(start + len));
-        Mapping { start, end, perms, offset: 0, device: (0, 0), inode: 0, backing }
-    }
-
-    /// What a first region names may be the application's by now: then it is left alone.
-    #[test]
-    fn only_what_looks_like_ours_is_unmapped() {
-        const CODE: [bool; 3] = [false, true, false];
-        const LEN: u64 = REGION_LEN as u64;
-        let by = Controller { pid: 77, start_time: 5 };
-        let [first, agent_len] = [0x10_0000, 0x7000];
-        let others = [0x20_0000, 0x30_0000, 0x40_0000, 0x50_0000, 0x60_0000].map(RemoteAddr);
-        let [whole, half, data, file, strangers] = others;
-        let mut region = NearRegion::new(RemoteAddr(first), by);
-        let parts = Parts { code: (RemoteAddr(first), LEN + agent_len), ..Parts::default() };
-        region.finish_first(&[], &parts, &others).unwrap();
-        let mut memory = BytesMemory::new();
-        memory.map(RemoteAddr(first), region.image().unwrap());
-        for other in others {
-            let by = if other == strangers { Controller { pid: 78, ..by } } else { by };
-            memory.map(other, NearRegion::new(other, by).image().unwrap());
-        }
-        let path = Backing::File { path: "/usr/lib/other.so".into(), deleted: false };
-        let maps = [
-            mapping(first, LEN, CODE, Backing::Anonymous),
-            mapping(first + LEN, agent_len, CODE, Backing::Anonymous),
-            mapping(whole.0, LEN, CODE, Backing::Anonymous),
-            mapping(half.0, LEN / 2, CODE, Backing::Anonymous),
-            mapping(data.0, LEN, [true, false, false], Backing::Anonymous),
-            mapping(file.0, LEN, CODE, path),
-            mapping(strangers.0, LEN, CODE, Backing::Anonymous),
-        ];
-        let found = find(&memory, &maps);
-        let stale = found.iter().find(|s| s.base == RemoteAddr(first)).unwrap();
-        let agent = (RemoteAddr(first + LEN), agent_len);
-        assert_eq!(stale.mapped(&maps, true), [(whole, LEN), agent]);
-        assert_eq!(stale.mapped(&maps, false), [(whole, LEN), agent, (RemoteAddr(first), LEN)]);
-        // The agent's place is another's by now.
-        let maps = [mapping(first, LEN, CODE, Backing::Anonymous)];
-        assert_eq!(stale.mapped(&maps, false), [(RemoteAddr(first), LEN)]);
-    }
-
-    #[test]
-    fn hostile_bytes_are_no_region() {
-        let mut bytes = vec![0xff; REGION_LEN];
-        assert_eq!(parse(RemoteAddr(0), &bytes), None);
-        bytes[..8].copy_from_slice(&MAGIC);
-        assert_eq!(parse(RemoteAddr(0), &bytes), None);
-    }
-}
+#[path = "stale_tests.rs"]
+mod tests;
