@@ -276,7 +276,8 @@ impl Loader<'_> {
     fn map_noted(&mut self, len: u64) -> Result<RemoteAddr, ProbeError> {
         let maps = maps::mappings(self.inferior.pid()).map_err(proc_error)?;
         let near = self.header.unwrap_or(RemoteAddr::NULL);
-        let found = places(&maps, near, len + 2 * PAGE).into_iter().map(|at| at.offset(PAGE));
+        let room = len.next_multiple_of(PAGE) + 2 * PAGE;
+        let found = places(&maps, near, room).into_iter().map(|at| at.offset(PAGE));
         // No place near: the kernel's own choice, noted afterwards.
         for place in found.chain([RemoteAddr::NULL]) {
             let fixed = if place == RemoteAddr::NULL { 0 } else { libc::MAP_FIXED_NOREPLACE as u64 };
