@@ -4,7 +4,7 @@
 //! in one sweep from the highest id to the lowest: no recursion, however deep a stack is.
 
 use super::site::SiteTotals;
-use super::totals::Totals;
+use crate::capture::Totals;
 use crate::capture::{FrameId, StackId, StackTable};
 
 /// Sums of one node: its own allocations, and those with all its callees'.

@@ -1,7 +1,7 @@
 //! Sums per function: what it allocated itself, and with all it called.
 
 use super::call_tree::CallTree;
-use super::totals::Totals;
+use crate::capture::Totals;
 use crate::capture::{FrameId, StackId, StackTable};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;

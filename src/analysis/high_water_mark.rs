@@ -8,7 +8,7 @@
 //! on average: docs/reports.md says by how much.
 
 use super::site::{Site, SiteTable, SiteTotals, sum};
-use super::totals::{Certain, Sampled, Totals};
+use crate::capture::{Certain, Sampled, Totals};
 
 /// What a site has.
 #[derive(Clone, Copy, Default)]

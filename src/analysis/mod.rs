@@ -11,8 +11,8 @@ mod replay;
 mod site;
 mod statistics;
 mod temporary;
-mod totals;
 
+pub use crate::capture::Totals;
 pub use call_tree::{CallTree, NodeTotals};
 pub use functions::{FunctionRow, functions};
 pub use high_water_mark::HighWaterMark;
@@ -20,4 +20,3 @@ pub use replay::{Findings, Missing, Replay, Samples, View, analyse};
 pub use site::{Site, SiteTotals};
 pub use statistics::{AllocatorTotals, LocationTotals, SizeBin, Statistics, locations};
 pub use temporary::Temporary;
-pub use totals::Totals;

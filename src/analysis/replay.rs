@@ -4,7 +4,7 @@ use super::high_water_mark::HighWaterMark;
 use super::site::{Site, SiteTotals, sum};
 use super::statistics::Statistics;
 use super::temporary::Temporary;
-use super::totals::Totals;
+use crate::capture::Totals;
 use crate::capture::{
     Allocation, Block, CaptureError, CaptureReader, CutShort, Damage, Displaced, Free, Header, LiveSet, Part,
     Record, StackTable, Trailer, Unmap,
@@ -150,6 +150,7 @@ impl Replay {
                 self.missing.gap_ns = self.missing.gap_ns.saturating_add(*duration_ns);
             }
             Record::String(_) | Record::Frame(_) | Record::Stack(_) | Record::Thread(_) => {}
+            Record::Snapshot | Record::Gauges => {}
         }
     }
 

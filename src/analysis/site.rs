@@ -1,6 +1,6 @@
 //! [`Site`]: what allocations are summed by. Knows no names; ids only.
 
-use super::totals::Totals;
+use crate::capture::Totals;
 use crate::capture::{Allocation, AllocatorKind, StackId};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;

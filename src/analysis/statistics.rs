@@ -1,7 +1,7 @@
 //! [`Statistics`]: how much was allocated, by what, in which sizes, where, live or not.
 
 use super::site::SiteTotals;
-use super::totals::Totals;
+use crate::capture::Totals;
 use crate::capture::{Allocation, AllocatorKind, FrameId, StackId, StackTable};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;

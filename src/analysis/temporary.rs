@@ -6,9 +6,9 @@
 //! not known.
 
 use super::site::{Site, SiteTotals, sorted};
-use super::totals::Totals;
 use crate::addr::RemoteAddr;
 use crate::capture::Allocation;
+use crate::capture::Totals;
 use foldhash::fast::RandomState;
 use std::collections::{HashMap, VecDeque};
 

@@ -4,10 +4,11 @@
 
 /// An allocator or deallocator entry point. The numbers are the ones in capture files: new kinds
 /// are appended, none is renumbered (at most 32 fit the record's first byte).
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 #[repr(u8)]
 #[allow(missing_docs)] // each is the function of that name
 pub enum AllocatorKind {
+    #[default]
     Malloc = 0,
     Calloc = 1,
     Realloc = 2,

@@ -28,7 +28,7 @@
 //! │ u8   │ u8    │ u32        │ u32     │ u32   │                     │
 //! └──────┴───────┴────────────┴─────────┴───────┴─────────────────────┘
 //! ```
-//! - kind: 1 header, 2 events, 3 trailer. Others are skipped. 0 is never used, so that a tail of
+//! - kind: 1 header, 2 events, 3 trailer, 4 a part of a snapshot, 5 gauges. Others are skipped. 0 is never used, so that a tail of
 //!   zeroes left by a crash is not taken for chunks.
 //! - codec: 0 stored as is (`stored_len == raw_len`), 1 one lz4 block.
 //! - `raw_len` <= 2 MiB (1 MiB before version 3), `stored_len` <= `lz4` bound of that.
@@ -149,6 +149,24 @@
 //! - Tags as above but for three: 5, time, is varint ns; 6 is a free from before the attach: u8 kind, zigzag address - last;
 //!   7, unmap, is zigzag address - last, varint length. Tag 10 and the flag 0x0100 came with version 2.
 //!
+//! # Snapshots
+//!
+//! A snapshot is one or more chunks of kind 4 in a row, its parts: varints throughout.
+//! ```text
+//! index, ns since the start, unix ns, reason, part, parts, rows
+//! ```
+//! and then the columns, each with one number for every row: allocator kind; three times nine numbers (live, allocated
+//! and freed since the snapshot before) of: certain bytes and blocks, samples, their bytes with 8 bits of fraction and blocks
+//! with 16, and for bytes and blocks the variance and its largest part as 64 (log2 + 64), 0 for none; bytes and blocks of
+//! each of 12 classes of age ([`AGE_LIMITS`](super::AGE_LIMITS)); zigzag stack - that of the row before; zigzag tid likewise.
+//! At most 2048 rows a part. A snapshot of which a part is missing is lost.
+//!
+//! # Gauges
+//!
+//! A chunk of kind 5: varint moments, varint gauges, then ns since the last moment for each (of the first: since the start), then a
+//! column for each gauge: 0 unknown, else 1 + zigzag(value - last known value), from 0. The names are
+//! [`Gauges::NAMES`](super::Gauges::NAMES); what a later version appends is skipped.
+//!
 //! An allocation of 512 bytes by malloc at 0x7f00_0000_0010 after one at 0x7f00_0000_0000, from stack 7
 //! as that one: `60 02 80 04` (A and S set, kind 0; zigzag(1); varint 512).
 
@@ -191,6 +209,10 @@ pub mod kind {
     pub const EVENTS: u8 = 2;
     /// JSON [`Trailer`](crate::capture::Trailer).
     pub const TRAILER: u8 = 3;
+    /// A part of a [`Snapshot`](crate::capture::Snapshot).
+    pub const SNAPSHOT: u8 = 4;
+    /// [`Gauges`](crate::capture::Gauges) of some moments.
+    pub const GAUGES: u8 = 5;
 }
 
 /// Chunk codecs.

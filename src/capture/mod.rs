@@ -14,6 +14,7 @@ mod encode;
 mod error;
 mod finder;
 pub mod format;
+mod gauges;
 mod header;
 mod intern;
 mod live_set;
@@ -21,7 +22,9 @@ mod mappings;
 mod predict;
 mod reader;
 mod record;
+mod snapshot;
 mod stack_table;
+mod totals;
 mod trailer;
 mod v1;
 mod v2;
@@ -32,6 +35,7 @@ mod writer;
 
 pub use allocator::{AllocatorKind, Domain};
 pub use error::CaptureError;
+pub use gauges::Gauges;
 pub use header::{BreakpointKind, EntryPoint, Header, LibcFacts, Module, PythonFacts};
 pub use live_set::{Block, Displaced, LiveSet};
 pub use mappings::Part;
@@ -39,7 +43,12 @@ pub use reader::{CaptureReader, CutShort, Damage};
 pub use record::{
     Allocation, DropReason, FrameId, Free, FreeUnknown, GapReason, NodeId, Record, StackId, StringId, Unmap,
 };
+pub use snapshot::{
+    AGE_LIMITS, AGES, Age, MOST_ROWS, SiteState, Snapshot, SnapshotHead, SnapshotReason, age_class,
+};
 pub use stack_table::{FrameText, StackTable, ThreadName};
+pub use totals::Totals;
+pub(crate) use totals::{Certain, Sampled};
 pub use trailer::{Counters, EndReason, Trailer};
 pub use weight::{BYTES_FRACTION, COUNT_FRACTION, Weight, each};
 pub use writer::CaptureWriter;

@@ -9,8 +9,10 @@
 use super::chunk::ChunkHeader;
 use super::error::CaptureError;
 use super::format::{CHUNK_HEADER_LEN, FLAG_SAMPLED, MAGIC, PREFIX_LEN, REQUIRED_FLAGS, VERSION, kind};
+use super::gauges::{self, Gauges};
 use super::header::Header;
 use super::record::Record;
+use super::snapshot::{Assembler, Snapshot};
 use super::stack_table::StackTable;
 use super::trailer::Trailer;
 use super::{v1, v2, v3};
@@ -57,6 +59,11 @@ pub struct CaptureReader {
     raw: Vec<u8>,
     chunk_offset: u64,
     in_events: bool,
+    /// What the chunk just read came to, other than events.
+    waiting: Option<Record>,
+    assembler: Assembler,
+    snapshot: Option<Snapshot>,
+    gauges: Vec<Gauges>,
     done: bool,
     suspect: Option<Suspect>,
     trailer: Option<Trailer>,
@@ -121,6 +128,10 @@ impl CaptureReader {
             raw: Vec::new(),
             chunk_offset: 0,
             in_events: false,
+            waiting: None,
+            assembler: Assembler::default(),
+            snapshot: None,
+            gauges: Vec::new(),
             done: false,
             suspect: None,
             trailer: None,
@@ -145,6 +156,16 @@ impl CaptureReader {
     /// Gives up the reader for its tables.
     pub fn into_stacks(self) -> StackTable {
         self.tables
+    }
+
+    /// The snapshot that the last record told of, for the one who asks first.
+    pub fn snapshot(&mut self) -> Option<Snapshot> {
+        self.snapshot.take()
+    }
+
+    /// The gauges that the last record told of.
+    pub fn gauges(&self) -> &[Gauges] {
+        &self.gauges
     }
 
     /// How the run ended; `None` before the end, and for a file that was cut.
@@ -273,18 +294,38 @@ impl CaptureReader {
     }
 
     fn enter(&mut self, chunk: ChunkHeader) {
-        if !matches!(chunk.kind, kind::EVENTS | kind::TRAILER) {
+        if !matches!(chunk.kind, kind::EVENTS | kind::TRAILER | kind::SNAPSHOT | kind::GAUGES) {
             return;
         }
         if let Err(why) = chunk.unpack(&self.stored, &mut self.raw) {
             self.lose(self.chunk_offset, 1, possible_bytes(&chunk), why);
             return;
         }
-        if chunk.kind == kind::EVENTS {
-            self.decoder.reset();
-            self.in_events = true;
-            return;
+        match chunk.kind {
+            kind::EVENTS => {
+                self.decoder.reset();
+                self.in_events = true;
+            }
+            kind::TRAILER => self.enter_trailer(),
+            kind::SNAPSHOT => match self.assembler.take(&self.raw, self.tables.stack_count()) {
+                Ok(None) => {}
+                Ok(whole) => {
+                    self.snapshot = whole;
+                    self.waiting = Some(Record::Snapshot);
+                }
+                Err(why) => self.lose(self.chunk_offset, 1, 0, why),
+            },
+            _ => match gauges::decode(&self.raw) {
+                Ok(gauges) => {
+                    self.gauges = gauges;
+                    self.waiting = Some(Record::Gauges);
+                }
+                Err(why) => self.lose(self.chunk_offset, 1, 0, why),
+            },
         }
+    }
+
+    fn enter_trailer(&mut self) {
         match serde_json::from_slice(&self.raw) {
             Ok(trailer) => {
                 self.trailer = Some(trailer);
@@ -335,6 +376,8 @@ impl Iterator for CaptureReader {
             } else if let Err(error) = self.advance() {
                 self.done = true;
                 return Some(Err(error));
+            } else if let Some(record) = self.waiting.take() {
+                return Some(Ok(record));
             }
         }
         None

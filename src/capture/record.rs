@@ -161,4 +161,8 @@ pub enum Record {
         /// Why.
         reason: GapReason,
     },
+    /// A snapshot: [`CaptureReader::snapshot`](super::CaptureReader::snapshot).
+    Snapshot,
+    /// Gauges: [`CaptureReader::gauges`](super::CaptureReader::gauges).
+    Gauges,
 }

@@ -12,11 +12,13 @@ use super::error::CaptureError;
 use super::format::{
     CHUNK_EVENTS, CHUNK_TARGET_LEN, FLAG_SAMPLED, MAGIC, MAX_RAW_LEN, MAX_STRING_LEN, VERSION, kind,
 };
+use super::gauges::{self, Gauges};
 use super::header::Header;
 use super::intern::{Full, Interned, Interner, cut};
 use super::record::{
     Allocation, DropReason, FrameId, Free, FreeUnknown, GapReason, StackId, StringId, Unmap,
 };
+use super::snapshot::Snapshot;
 use super::trailer::{Counters, Trailer};
 use std::fs::File;
 use std::io::Write;
@@ -26,6 +28,9 @@ use std::path::{Path, PathBuf};
 const TIME_STEP_NS: u64 = 1_000_000;
 /// Room kept at the end of a chunk for one more record (the longest has two strings).
 const _: () = assert!(CHUNK_TARGET_LEN + 4 * MAX_STRING_LEN < MAX_RAW_LEN);
+
+/// Moments in a chunk: at their longest (10 bytes a number) they fit.
+const GAUGES_PER_CHUNK: usize = 4096;
 
 /// Writes one capture file. Any error is final: what was written before stays readable, and every
 /// later call fails with [`CaptureError::Closed`].
@@ -183,6 +188,26 @@ impl CaptureWriter {
         self.begin_record()?;
         self.counters.gaps += 1;
         self.encoder.gap(duration_ns, reason);
+        Ok(())
+    }
+
+    /// A snapshot. Its stacks are this writer's.
+    pub fn snapshot(&mut self, snapshot: &Snapshot) -> Result<(), CaptureError> {
+        // The definitions that it uses come first.
+        self.flush()?;
+        snapshot.encode(|part| {
+            chunk::seal(kind::SNAPSHOT, part, &mut self.packed);
+            self.write_packed()
+        })
+    }
+
+    /// Gauges, oldest first.
+    pub fn gauges(&mut self, gauges: &[Gauges]) -> Result<(), CaptureError> {
+        self.check_open()?;
+        for some in gauges.chunks(GAUGES_PER_CHUNK) {
+            chunk::seal(kind::GAUGES, &gauges::encode(some), &mut self.packed);
+            self.write_packed()?;
+        }
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 //! Streams: unlike the other reports it needs no analysis and holds nothing but the reader's tables.
 
 use super::ReportError;
+use super::dump_moments::{gauges_json, gauges_text, snapshot_json, snapshot_text};
 use super::facts::{file_warnings, write_header};
 use super::names::{location, place};
 use super::text::{escaped, size, terminal_safe_json};
@@ -86,10 +87,10 @@ pub fn dump(
         if !is_wanted(&record, only, &mut number) {
             continue;
         }
-        if json {
-            write_line(&as_json(&record, sampled, reader.stacks()), out)?;
-        } else {
-            writeln!(out, "{}", as_text(&record, sampled, reader.stacks()))?;
+        match record {
+            Record::Snapshot | Record::Gauges => write_moment(&record, &mut reader, json, out)?,
+            _ if json => write_line(&as_json(&record, sampled, reader.stacks()), out)?,
+            _ => writeln!(out, "{}", as_text(&record, sampled, reader.stacks()))?,
         }
     }
     let warnings = file_warnings(reader.cut(), reader.damage());
@@ -109,6 +110,29 @@ pub fn dump(
         for warning in warnings {
             writeln!(out, "warning: {warning}")?;
         }
+    }
+    Ok(())
+}
+
+/// A snapshot, or gauges.
+fn write_moment(
+    record: &Record,
+    reader: &mut CaptureReader,
+    json: bool,
+    out: &mut dyn Write,
+) -> Result<(), DumpError> {
+    if *record == Record::Gauges {
+        if !json {
+            writeln!(out, "{}", gauges_text(reader.gauges()))?;
+            return Ok(());
+        }
+        return reader.gauges().iter().try_for_each(|moment| write_line(&gauges_json(moment), out));
+    }
+    let Some(snapshot) = reader.snapshot() else { return Ok(()) };
+    if json {
+        write_line(&snapshot_json(&snapshot), out)?;
+    } else {
+        writeln!(out, "{}", snapshot_text(&snapshot))?;
     }
     Ok(())
 }
@@ -154,6 +178,8 @@ fn as_text(record: &Record, sampled: bool, stacks: &StackTable) -> String {
         }
         Record::Drop { count, reason } => format!("dropped {count}: {}", reason.text()),
         Record::Gap { duration_ns, reason } => format!("gap of {duration_ns} ns: {}", reason.text()),
+        // Told by `write_moment`.
+        Record::Snapshot | Record::Gauges => String::new(),
     }
 }
 
@@ -201,6 +227,7 @@ fn as_json(record: &Record, sampled: bool, stacks: &StackTable) -> Value {
         Record::Gap { duration_ns, reason } => {
             json!({ "record": "gap", "duration_ns": duration_ns, "reason": reason.text() })
         }
+        Record::Snapshot | Record::Gauges => Value::Null,
     }
 }
 

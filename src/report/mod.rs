@@ -5,6 +5,7 @@
 
 mod columns;
 pub mod dump;
+mod dump_moments;
 mod facts;
 mod figures;
 mod flamegraph;

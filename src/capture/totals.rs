@@ -1,10 +1,10 @@
 //! [`Totals`]: bytes in blocks, and how sure that is.
 //!
 //! What was recorded for certain is counted in whole numbers. Samples add what they stand for (see
-//! [`Weight`](crate::capture::Weight)), in fixed point, so that a sum is the same in any order and what was added
+//! [`Weight`]), in fixed point, so that a sum is the same in any order and what was added
 //! is taken away without rest; only variances are floating-point numbers, and begin anew when no sample is left.
 
-use crate::capture::{BYTES_FRACTION, COUNT_FRACTION, Weight};
+use super::weight::{BYTES_FRACTION, COUNT_FRACTION, Weight};
 use std::cmp::Ordering;
 
 /// Standard deviations on either side that hold 95 % of a normal distribution.
@@ -20,20 +20,20 @@ const MORE_SAMPLES: f64 = 2.0;
 /// Bytes in blocks: estimates, where samples are among them.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Totals {
-    pub(super) certain: Certain,
-    pub(super) sampled: Sampled,
+    pub(crate) certain: Certain,
+    pub(crate) sampled: Sampled,
 }
 
 /// The part that was recorded for certain.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
-pub(super) struct Certain {
+pub(crate) struct Certain {
     bytes: u64,
     count: u64,
 }
 
 /// The part that comes from samples.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
-pub(super) struct Sampled {
+pub(crate) struct Sampled {
     samples: u64,
     /// With [`BYTES_FRACTION`] bits of fraction.
     bytes: u64,
@@ -128,6 +128,37 @@ impl Totals {
         self.certain == Certain::default() && self.sampled.samples == 0
     }
 
+    /// As numbers of a file: certain bytes and blocks; samples, what they stand for in bytes and blocks (fixed point); and for
+    /// each of the two, the variance and the largest part of it, to a hundredth.
+    pub(super) fn to_numbers(self) -> [u64; 9] {
+        let Self { certain, sampled } = self;
+        let (of_bytes, of_count) = (sampled.bytes_variance, sampled.count_variance);
+        [
+            certain.bytes,
+            certain.count,
+            sampled.samples,
+            sampled.bytes,
+            sampled.count,
+            to_logarithm(of_bytes.sum),
+            to_logarithm(of_bytes.largest()),
+            to_logarithm(of_count.sum),
+            to_logarithm(of_count.largest()),
+        ]
+    }
+
+    /// The inverse of [`to_numbers`](Self::to_numbers), for any numbers.
+    pub(super) fn from_numbers(numbers: [u64; 9]) -> Self {
+        let [certain_bytes, certain_count, samples, bytes, count, variances @ ..] = numbers;
+        let [bytes_sum, bytes_largest, count_sum, count_largest] = variances.map(from_logarithm);
+        let certain = Certain { bytes: certain_bytes, count: certain_count };
+        if samples == 0 {
+            return Self { certain, sampled: Sampled::default() };
+        }
+        let bytes_variance = Variance::from_parts(bytes_sum, bytes_largest);
+        let count_variance = Variance::from_parts(count_sum, count_largest);
+        Self { certain, sampled: Sampled { samples, bytes, count, bytes_variance, count_variance } }
+    }
+
     /// Orders by bytes, then by blocks.
     pub fn compare(&self, other: &Self) -> Ordering {
         (self.bytes(), self.count()).cmp(&(other.bytes(), other.count()))
@@ -135,19 +166,19 @@ impl Totals {
 }
 
 impl Certain {
-    pub(super) fn add(&mut self, other: Self) {
+    pub(crate) fn add(&mut self, other: Self) {
         self.bytes = self.bytes.saturating_add(other.bytes);
         self.count = self.count.saturating_add(other.count);
     }
 
-    pub(super) fn remove(&mut self, other: Self) {
+    pub(crate) fn remove(&mut self, other: Self) {
         self.bytes = self.bytes.saturating_sub(other.bytes);
         self.count = self.count.saturating_sub(other.count);
     }
 }
 
 impl Sampled {
-    pub(super) fn add(&mut self, other: &Self) {
+    pub(crate) fn add(&mut self, other: &Self) {
         self.samples = self.samples.saturating_add(other.samples);
         self.bytes = self.bytes.saturating_add(other.bytes);
         self.count = self.count.saturating_add(other.count);
@@ -155,7 +186,7 @@ impl Sampled {
         self.count_variance.add(other.count_variance, 1.0);
     }
 
-    pub(super) fn remove(&mut self, other: &Self) {
+    pub(crate) fn remove(&mut self, other: &Self) {
         self.samples = self.samples.saturating_sub(other.samples);
         if self.samples == 0 {
             // Nor is anything left of the rounding of the variances.
@@ -180,10 +211,17 @@ impl Variance {
         self.cubes.add(sign * other.cubes.lost);
     }
 
+    /// About the largest of those added. It is no more than the sum, whatever rounding may have left.
+    fn largest(&self) -> f64 {
+        (self.cubes.sum + self.cubes.lost).cbrt().clamp(0.0, self.sum)
+    }
+
+    fn from_parts(sum: f64, largest: f64) -> Self {
+        Self { sum, cubes: Compensated { sum: largest.min(sum).powi(3), lost: 0.0 } }
+    }
+
     fn error(&self) -> f64 {
-        // The largest is no more than the sum, whatever rounding may have left.
-        let largest = (self.cubes.sum + self.cubes.lost).cbrt().clamp(0.0, self.sum);
-        Z * (self.sum + MORE_SAMPLES * largest).sqrt()
+        Z * (self.sum + MORE_SAMPLES * self.largest()).sqrt()
     }
 }
 
@@ -195,6 +233,24 @@ impl Compensated {
         self.lost += large - sum + small;
         self.sum = sum;
     }
+}
+
+/// Steps of a logarithm between a number and its double.
+const LOGARITHM_STEPS: f64 = 64.0;
+/// Added so that numbers down to 2^-64 have a positive logarithm; smaller ones are none.
+const LOGARITHM_ZERO: f64 = 64.0;
+
+/// A variance in few bytes: 0 for none, else its logarithm; what comes back is within 0.6 %.
+fn to_logarithm(value: f64) -> u64 {
+    if value > 0.0 { ((value.log2() + LOGARITHM_ZERO) * LOGARITHM_STEPS).round().max(1.0) as u64 } else { 0 }
+}
+
+fn from_logarithm(number: u64) -> f64 {
+    if number == 0 {
+        return 0.0;
+    }
+    // No sum of variances comes near the bound; its cube is a number still.
+    (number as f64 / LOGARITHM_STEPS - LOGARITHM_ZERO).min(320.0).exp2()
 }
 
 fn rounded(sum: u64, fraction: u32) -> u64 {
@@ -277,6 +333,27 @@ mod tests {
             let (part, whole) = (sum(&parts[1..]), sum(&parts));
             prop_assert!(whole.bytes_error() >= part.bytes_error() * 0.999_999);
             prop_assert!(whole.count_error() >= part.count_error() * 0.999_999);
+        }
+
+        #[test]
+        fn a_file_keeps_sums_to_the_last_bit_and_errors_to_a_hundredth(
+            parts in prop::collection::vec((1u64..10_000_000, prop::sample::select(vec![0, 100, R, 3 * R])), 0..40),
+        ) {
+            let totals = sum(&parts);
+            let read = Totals::from_numbers(totals.to_numbers());
+            prop_assert_eq!(read.certain, totals.certain);
+            prop_assert_eq!((read.samples(), read.bytes(), read.count()), (totals.samples(), totals.bytes(), totals.count()));
+            prop_assert!((read.bytes_error() - totals.bytes_error()).abs() <= 0.01 * totals.bytes_error());
+            prop_assert!((read.count_error() - totals.count_error()).abs() <= 0.01 * totals.count_error());
+        }
+
+        #[test]
+        fn any_numbers_are_some_sum(numbers: [u64; 9], more: [u64; 9]) {
+            let mut totals = Totals::from_numbers(numbers);
+            totals.add(Totals::from_numbers(more));
+            prop_assert!(!totals.bytes_error().is_nan() && !totals.count_error().is_nan());
+            totals.remove(Totals::from_numbers(more));
+            prop_assert!(!totals.bytes_error().is_nan() && !totals.count_error().is_nan());
         }
 
         #[test]

@@ -1,0 +1,269 @@
+//! [`Snapshot`]: what was live at one moment, by site, and what came and went since the one before.
+//!
+//! A snapshot is kept in chunks of its own kind, each a part with some of its rows in columns (see
+//! [`format`](mod@super::format)). Sums are exact; variances are rounded to a hundredth, which no error that is shown has
+//! digits for. Knows bytes and columns; who takes snapshots, and when, is the recorder's business.
+
+use super::allocator::AllocatorKind;
+use super::record::StackId;
+use super::totals::Totals;
+use super::varint::{Cursor, put, unzigzag, zigzag};
+
+/// Upper ends of the ages that live blocks are counted by, in seconds; the last class has no end.
+pub const AGE_LIMITS: [u64; 11] = [1, 5, 15, 60, 300, 900, 3_600, 14_400, 43_200, 86_400, 345_600];
+/// Classes of age.
+pub const AGES: usize = AGE_LIMITS.len() + 1;
+/// Rows of one part: at their longest (11 bytes a number) they fit a chunk.
+pub const ROWS_PER_PART: usize = 1 << 11;
+/// Rows of one snapshot: a reader holds no more, and a writer sums up what is beyond.
+pub const MOST_ROWS: usize = 1 << 19;
+
+/// Why a snapshot was taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum SnapshotReason {
+    /// Recording began.
+    Start,
+    /// The time was due.
+    #[default]
+    Tick,
+    /// SIGUSR1.
+    Signal,
+    /// `heaptap snapshot`.
+    Asked,
+    /// More was live than ever.
+    Peak,
+    /// The resident set passed a limit.
+    Resident,
+    /// Recording ended.
+    End,
+    /// A reason this version does not know.
+    Other(u8),
+}
+
+impl SnapshotReason {
+    const KNOWN: [(Self, u8, &str); 7] = [
+        (Self::Start, 0, "start"),
+        (Self::Tick, 1, "tick"),
+        (Self::Signal, 2, "signal"),
+        (Self::Asked, 3, "asked"),
+        (Self::Peak, 4, "peak"),
+        (Self::Resident, 5, "resident"),
+        (Self::End, 6, "end"),
+    ];
+
+    /// The id in capture files.
+    pub fn id(self) -> u8 {
+        match self {
+            Self::Other(id) => id,
+            known => Self::KNOWN.iter().find(|(reason, ..)| *reason == known).map_or(1, |(_, id, _)| *id),
+        }
+    }
+
+    /// The reason with this id.
+    pub fn from_id(id: u8) -> Self {
+        Self::KNOWN.iter().find(|(_, known, _)| *known == id).map_or(Self::Other(id), |(reason, ..)| *reason)
+    }
+
+    /// `start`, `tick`, …
+    pub fn name(self) -> &'static str {
+        Self::KNOWN.iter().find(|(reason, ..)| *reason == self).map_or("other", |(.., name)| name)
+    }
+}
+
+/// When and why a snapshot was taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SnapshotHead {
+    /// Counts the snapshots that were taken, from 0. Those that were thinned out leave holes.
+    pub index: u32,
+    /// Since the start of recording, in nanoseconds.
+    pub time_ns: u64,
+    /// Wall clock, nanoseconds since 1970 UTC.
+    pub unix_ns: u64,
+    /// Why.
+    pub reason: SnapshotReason,
+}
+
+/// What a class of age holds of a site's live blocks. Of samples, what they stand for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Age {
+    /// Bytes.
+    pub bytes: u64,
+    /// Blocks.
+    pub blocks: u64,
+}
+
+/// One site at one moment.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct SiteState {
+    /// The stack that asked.
+    pub stack: StackId,
+    /// The function that gave.
+    pub allocator: AllocatorKind,
+    /// The thread that asked.
+    pub tid: u32,
+    /// Live.
+    pub live: Totals,
+    /// Given out since the snapshot before (that is kept), or since the start.
+    pub allocated: Totals,
+    /// Given back since then.
+    pub freed: Totals,
+    /// The live blocks by their age: class `i` ends at [`AGE_LIMITS`]`[i]` seconds.
+    pub ages: [Age; AGES],
+}
+
+/// What was live at one moment.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Snapshot {
+    /// When and why.
+    pub head: SnapshotHead,
+    /// Sites with anything live, or anything that came or went, by (stack, allocator, thread).
+    pub rows: Vec<SiteState>,
+}
+
+/// The class of a block that is so old, in milliseconds.
+pub fn age_class(age_ms: u64) -> usize {
+    AGE_LIMITS.partition_point(|limit| limit * 1000 <= age_ms)
+}
+
+impl Snapshot {
+    /// Everything that was live.
+    pub fn live(&self) -> Totals {
+        let mut sum = Totals::default();
+        self.rows.iter().for_each(|row| sum.add(row.live));
+        sum
+    }
+
+    /// The parts as chunk contents, each handed to `write`.
+    pub(super) fn encode<E>(&self, mut write: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
+        let parts = self.rows.len().div_ceil(ROWS_PER_PART).max(1);
+        let mut buf = Vec::new();
+        for part in 0..parts {
+            let from = part * ROWS_PER_PART;
+            let rows = &self.rows[from..self.rows.len().min(from + ROWS_PER_PART)];
+            buf.clear();
+            let SnapshotHead { index, time_ns, unix_ns, reason } = self.head;
+            for number in [u64::from(index), time_ns, unix_ns, u64::from(reason.id())] {
+                put(&mut buf, number);
+            }
+            for number in [part, parts, rows.len()] {
+                put(&mut buf, number as u64);
+            }
+            put_rows(&mut buf, rows);
+            write(&buf)?;
+        }
+        Ok(())
+    }
+}
+
+fn put_rows(buf: &mut Vec<u8>, rows: &[SiteState]) {
+    let mut column = |of: &dyn Fn(&SiteState) -> u64| rows.iter().for_each(|row| put(buf, of(row)));
+    column(&|row| u64::from(row.allocator.id()));
+    for of in FIGURES {
+        for (at, _) in Totals::default().to_numbers().iter().enumerate() {
+            column(&|row| of(row).to_numbers()[at]);
+        }
+    }
+    for class in 0..AGES {
+        column(&|row| row.ages[class].bytes);
+        column(&|row| row.ages[class].blocks);
+    }
+    // What is told by its difference to the row before.
+    let numbers: [fn(&SiteState) -> i64; 2] = [|row| i64::from(row.stack.0), |row| i64::from(row.tid)];
+    for of in numbers {
+        let mut last = 0;
+        for row in rows {
+            put(buf, zigzag(of(row) - last));
+            last = of(row);
+        }
+    }
+}
+
+const FIGURES: [fn(&SiteState) -> Totals; 3] = [|row| row.live, |row| row.allocated, |row| row.freed];
+const FIGURES_MUT: [fn(&mut SiteState) -> &mut Totals; 3] =
+    [|row| &mut row.live, |row| &mut row.allocated, |row| &mut row.freed];
+
+type Broken = &'static str;
+const ENDED: Broken = "a part of a snapshot ends too early, or a number in it is too large";
+
+/// Puts snapshots together from their parts.
+#[derive(Default)]
+pub(super) struct Assembler {
+    open: Option<(Snapshot, u64, u64)>,
+}
+
+impl Assembler {
+    /// Takes the next part, which may use stacks up to `stacks`. The snapshot, once it is whole. A part that does not go on where
+    /// the last one ended begins a new snapshot or is an error; what was open then is lost.
+    pub(super) fn take(&mut self, raw: &[u8], stacks: usize) -> Result<Option<Snapshot>, Broken> {
+        let mut cursor = Cursor::new(raw, 0);
+        let mut number = || cursor.varint().ok_or(ENDED);
+        let index = u32::try_from(number()?).map_err(|_| ENDED)?;
+        let (time_ns, unix_ns) = (number()?, number()?);
+        let reason = SnapshotReason::from_id(u8::try_from(number()?).map_err(|_| ENDED)?);
+        let (part, parts, count) = (number()?, number()?, number()?);
+        let head = SnapshotHead { index, time_ns, unix_ns, reason };
+        let most = (MOST_ROWS / ROWS_PER_PART) as u64;
+        if part >= parts || parts > most || count > ROWS_PER_PART as u64 {
+            return Err("a part of a snapshot has impossible numbers");
+        }
+        let rows = rows(&mut cursor, count as usize, stacks)?;
+        let open = self
+            .open
+            .take()
+            .filter(|(snapshot, next, of)| snapshot.head == head && (*next, *of) == (part, parts));
+        let mut snapshot = match open {
+            Some((snapshot, ..)) => snapshot,
+            None if part == 0 => Snapshot { head, rows: Vec::new() },
+            None => return Err("a part of a snapshot comes without those before it"),
+        };
+        snapshot.rows.extend(rows);
+        if part + 1 == parts {
+            return Ok(Some(snapshot));
+        }
+        self.open = Some((snapshot, part + 1, parts));
+        Ok(None)
+    }
+}
+
+fn rows(cursor: &mut Cursor, count: usize, stacks: usize) -> Result<Vec<SiteState>, Broken> {
+    let mut rows = vec![SiteState::default(); count];
+    for row in &mut rows {
+        let id = cursor.varint().and_then(|id| u8::try_from(id).ok()).ok_or(ENDED)?;
+        row.allocator = AllocatorKind::from_id(id).ok_or("a row of a snapshot has an unknown allocator")?;
+    }
+    for of in FIGURES_MUT {
+        let mut columns = vec![Totals::default().to_numbers(); count];
+        for at in 0..Totals::default().to_numbers().len() {
+            for numbers in &mut columns {
+                numbers[at] = cursor.varint().ok_or(ENDED)?;
+            }
+        }
+        for (row, numbers) in rows.iter_mut().zip(columns) {
+            *of(row) = Totals::from_numbers(numbers);
+        }
+    }
+    for class in 0..AGES {
+        for row in &mut rows {
+            row.ages[class].bytes = cursor.varint().ok_or(ENDED)?;
+        }
+        for row in &mut rows {
+            row.ages[class].blocks = cursor.varint().ok_or(ENDED)?;
+        }
+    }
+    let mut last = 0_i64;
+    for row in &mut rows {
+        last = last.wrapping_add(unzigzag(cursor.varint().ok_or(ENDED)?));
+        let known = u32::try_from(last).ok().filter(|stack| *stack as usize <= stacks);
+        row.stack = StackId(known.ok_or("a row of a snapshot has a stack that was not defined")?);
+    }
+    last = 0;
+    for row in &mut rows {
+        last = last.wrapping_add(unzigzag(cursor.varint().ok_or(ENDED)?));
+        row.tid = u32::try_from(last).map_err(|_| ENDED)?;
+    }
+    Ok(rows)
+}
+
+#[cfg(test)]
+#[path = "snapshot_tests.rs"]
+mod tests;
