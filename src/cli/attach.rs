@@ -2,6 +2,7 @@
 
 use super::parse::{parse_duration, parse_percent, parse_pid, parse_size};
 use super::view::to_stdout;
+use crate::capture::Counters;
 use crate::error::Error;
 use crate::recorder::examine::Examined;
 use crate::recorder::plant::JumpOptions;
@@ -224,14 +225,7 @@ fn print_summary(summary: &Summary, options: &RecordOptions, out: &mut dyn Write
         duration(summary.elapsed.as_nanos() as u64),
         printable(&summary.reason.text())
     )?;
-    writeln!(
-        out,
-        "  {}, {}, {} of blocks from before, {}",
-        counted(c.allocations, "allocation"),
-        counted(c.frees, "free"),
-        counted(c.frees_from_before, "free"),
-        counted(c.drops, "drop")
-    )?;
+    writeln!(out, "  {}", counts(c))?;
     writeln!(
         out,
         "  peak {} live; {} in {} not freed by the end",
@@ -260,6 +254,24 @@ fn print_summary(summary: &Summary, options: &RecordOptions, out: &mut dyn Write
     }
     let path = options.output.to_string_lossy();
     writeln!(out, "wrote {} ({})", printable(&path), bytes(summary.file_bytes))
+}
+
+/// What was recorded. Samples are not all there was, nor are the frees that are seen with them.
+fn counts(c: &Counters) -> String {
+    let drops = counted(c.drops, "drop");
+    if c.samples == 0 {
+        let (given, back) = (counted(c.allocations, "allocation"), counted(c.frees, "free"));
+        return format!(
+            "{given}, {back}, {} of blocks from before, {drops}",
+            counted(c.frees_from_before, "free")
+        );
+    }
+    let mappings = counted(c.allocations.saturating_sub(c.samples), "mapping");
+    format!(
+        "{} and {mappings}, {} of samples, {drops}",
+        counted(c.samples, "sample"),
+        counted(c.frees, "free")
+    )
 }
 
 fn thunk_bytes(summary: &Summary) -> u64 {
