@@ -144,12 +144,19 @@ impl<'a> Words<'a> {
         bytes.chunks(512).any(|block| {
             let near = |w: &[u8]| word(w).wrapping_sub(self.first) <= self.span;
             block.chunks_exact(8).fold(false, |any, w| any | near(w))
-                && block.chunks_exact(8).any(|w| self.all.contains(&word(w)))
+                && (self.are_side_by_side_in(block)
+                    || self.has_lone() && block.chunks_exact(8).any(|w| self.all.contains(&word(w))))
         })
     }
 }
 
 impl Words<'_> {
+    /// Tables are of four functions, and a copy of one has at least two of them side by side, however it is cut. A word beside the
+    /// tables' may be kept alone.
+    fn has_lone(&self) -> bool {
+        !self.all.len().is_multiple_of(4)
+    }
+
     fn are_side_by_side_in(&self, bytes: &[u8]) -> bool {
         let mut before = false;
         bytes.chunks_exact(8).any(|w| {
