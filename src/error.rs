@@ -212,6 +212,15 @@ fn record_hint(error: &RecordError) -> Option<String> {
 fn attach_hint(error: &AttachError) -> Option<String> {
     match error {
         AttachError::NoProcess { .. } => Some("check the pid: `pgrep -af python` lists Python processes".into()),
+        AttachError::Hidden { .. } => Some(
+            "run heaptap as root, as the user of the process, or in the group that /proc's mount option gid= names".into(),
+        ),
+        AttachError::NoProc => Some("mount it first: mount -t proc proc /proc".into()),
+        AttachError::ForeignProc => Some(
+            "enter the namespaces together (nsenter --target PID --all), or mount /proc anew for this one \
+             (unshare --pid --fork --mount-proc)"
+                .into(),
+        ),
         AttachError::IsThread { pid, .. } => Some(format!("attach to the process: --pid {pid}")),
         AttachError::NotPermitted { ptrace_scope, .. } => Some(match ptrace_scope {
             Some(3) => "kernel.yama.ptrace_scope is 3: no process may be traced until the next boot".into(),
@@ -250,6 +259,10 @@ fn probe_hint(error: &ProbeError) -> Option<String> {
         }
         ProbeError::Seccomp { .. } => Some("run heaptap as root (CAP_SYS_ADMIN) to suspend the filter".into()),
         ProbeError::NoDetour { .. } => Some("record it with --breakpoints trap, which is much slower".into()),
+        ProbeError::NoAllocator { .. } => Some(
+            "`heaptap doctor --pid PID` shows what was found; where a warning says that a library was left out, run heaptap as root"
+                .into(),
+        ),
         ProbeError::ControllerAlive { controller, .. } => Some(format!("end it first: kill -INT {controller}")),
         _ => None,
     }
