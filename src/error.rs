@@ -222,8 +222,17 @@ fn attach_hint(error: &AttachError) -> Option<String> {
                 .into(),
         ),
         AttachError::IsThread { pid, .. } => Some(format!("attach to the process: --pid {pid}")),
-        AttachError::NotPermitted { ptrace_scope, .. } => Some(match ptrace_scope {
+        AttachError::NotPermitted { ptrace_scope, owner, .. } => Some(match ptrace_scope {
             Some(3) => "kernel.yama.ptrace_scope is 3: no process may be traced until the next boot".into(),
+            // CAP_DAC_OVERRIDE is 1.
+            _ if effective_capabilities().is_some_and(|caps| caps & (1 << 19) != 0 && caps & (1 << 1) == 0)
+                && *owner != nix::unistd::geteuid().as_raw() =>
+            {
+                format!(
+                    "heaptap has CAP_SYS_PTRACE, but the memory of a process belongs to its user: run heaptap as user {owner}, \
+                     or give it CAP_DAC_OVERRIDE as well"
+                )
+            }
             // capability.h: CAP_SYS_PTRACE is 19.
             _ if effective_capabilities().is_some_and(|caps| caps & (1 << 19) != 0) => {
                 "heaptap has CAP_SYS_PTRACE, so the process belongs to another user namespace (the host's, where heaptap \

@@ -2,6 +2,7 @@
 
 mod allocators;
 mod confined;
+mod containers;
 mod crowds;
 mod ends;
 mod libraries;
