@@ -170,6 +170,7 @@ fn record_exit(error: &RecordError) -> Exit {
         | RecordError::Allocators(_)
         | RecordError::CodeDealloc(_)
         | RecordError::NotRecordable { .. }
+        | RecordError::NoRoom { .. }
         | RecordError::Probe(_) => Exit::Refused,
     }
 }
@@ -177,6 +178,10 @@ fn record_exit(error: &RecordError) -> Exit {
 fn record_hint(error: &RecordError) -> Option<String> {
     match error {
         RecordError::Attach(error) => attach_hint(error),
+        RecordError::NoRoom { exact: true, .. } => Some(
+            "record samples (without --exact), which takes less; or raise the group's limit while you record".into(),
+        ),
+        RecordError::NoRoom { .. } => Some("raise the group's limit while you record".into()),
         RecordError::Capture(error) => error.hint().map(str::to_string),
         RecordError::Probe(error) => probe_hint(error),
         RecordError::Layout(_) => {

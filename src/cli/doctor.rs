@@ -14,6 +14,8 @@ use crate::probe::plan::EntryPoint;
 use crate::recorder::RecordError;
 use crate::recorder::examine::{Examined, Kind as ProbeKind, examine};
 use crate::recorder::header::{command_line, executable};
+use crate::recorder::plant::JumpOptions;
+use crate::recorder::room;
 use crate::report::ReportError;
 use crate::report::text::{counted, escaped as printable};
 use clap::Args;
@@ -216,6 +218,7 @@ fn about_self_test(page: &mut Page, examined: &Examined) -> Result<(), RecordErr
 /// What `attach` would refuse.
 fn check(examined: &Examined, kind: ProbeKind) -> Result<(), RecordError> {
     examined.check_recordable(kind, false)?;
+    room::check(examined, (kind == ProbeKind::Jump).then(JumpOptions::samples).as_ref())?;
     if let Some(alive) = examined.stale.iter().find(|s| s.controller_lives()) {
         return Err(ProbeError::ControllerAlive { pid: examined.pid, controller: alive.controller.0 }.into());
     }

@@ -6,6 +6,7 @@ mod containers;
 mod crowds;
 mod ends;
 mod libraries;
+mod memory_limits;
 mod output;
 mod places;
 mod rivals;
