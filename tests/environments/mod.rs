@@ -10,6 +10,7 @@ mod memory_limits;
 mod output;
 mod places;
 mod rivals;
+mod unattended;
 mod uprobes;
 
 use std::process::Output;
