@@ -17,7 +17,7 @@ use crate::recorder::header::{command_line, executable};
 use crate::recorder::plant::JumpOptions;
 use crate::recorder::room;
 use crate::report::ReportError;
-use crate::report::text::{counted, escaped as printable};
+use crate::report::text::{counted, escaped as printable, size};
 use clap::Args;
 use std::collections::BTreeMap;
 
@@ -80,6 +80,7 @@ fn look(args: &DoctorArgs, page: &mut Page) -> Result<(), Error> {
         examine(args.pid, args.breakpoints.into(), args.python_allocators).map_err(Error::Record)?;
     about_python(page, &examined);
     about_allocators(page, &examined, args.breakpoints.into());
+    about_memory(page, &examined, args.breakpoints.into())?;
     about_self_test(page, &examined)?;
     Ok(check(&examined, args.breakpoints.into())?)
 }
@@ -183,6 +184,18 @@ fn about_allocators(page: &mut Page, examined: &Examined, kind: ProbeKind) {
     for word in &examined.plan.words {
         page.line("allocator table", format!("{} {} -> {}", word.function().name(), word.word, word.value));
     }
+}
+
+/// What recording adds (samples, where jumps are planned), and what there is room for.
+fn about_memory(page: &mut Page, examined: &Examined, kind: ProbeKind) -> Result<(), RecordError> {
+    let jump = (kind == ProbeKind::Jump).then(JumpOptions::samples);
+    let added = size(room::needed(examined, jump.as_ref())?);
+    let left = match room::tightest(examined.pid) {
+        Some(room) => format!("{} left of {} in {}", size(room.left()), size(room.limit), room.group.display()),
+        None => "no limit on the process".into(),
+    };
+    page.line("memory", format!("recording adds up to {added}; {}", printable(&left)));
+    Ok(())
 }
 
 /// Where in a function its jump goes, or why none does.

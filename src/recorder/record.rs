@@ -396,7 +396,7 @@ impl<'a, S: RecordSource> Session<'a, S> {
         let unreadable_stacks = source.unreadable_stacks();
         let (mut counts, mut failed) = (source.counts(), None);
         let (reason, leaving) = match end {
-            End::Gone(reason) => (explained(reason, &oom), Leaving::Nothing),
+            End::Gone(reason) => (oom.explain(reason), Leaving::Nothing),
             End::Executed => (EndReason::TargetExec { path: executable(options.pid) }, Leaving::Detach),
             End::Detach(reason) => (reason, Leaving::Lift),
             End::Failed(error) => {
@@ -484,16 +484,6 @@ fn reason(event: Option<StopEvent>) -> EndReason {
         }
         Some(_) => EndReason::Unknown,
         None => EndReason::TargetGone,
-    }
-}
-
-/// Only the kernel knows whom its OOM killer chose: a SIGKILL when it struck in the target's group is taken for its own.
-fn explained(reason: EndReason, oom: &OomWatch) -> EndReason {
-    match reason {
-        EndReason::TargetKilled { signal, .. } if signal == "SIGKILL" => {
-            EndReason::TargetKilled { signal, out_of_memory: oom.struck() }
-        }
-        reason => reason,
     }
 }
 

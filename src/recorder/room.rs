@@ -9,6 +9,7 @@ use super::RecordError;
 use super::examine::Examined;
 use super::plant::{JumpOptions, ring_bytes};
 use crate::agent_abi::State;
+use crate::capture::EndReason;
 use crate::inferior::cgroup::{MemoryGroups, Room};
 use crate::inferior::maps;
 use crate::probe::agent_image::AgentImage;
@@ -28,6 +29,11 @@ pub fn needed(examined: &Examined, jump: Option<&JumpOptions>) -> Result<u64, Re
     let threads = maps::tasks(examined.pid)?.len();
     let agent = AgentImage::new()?.bytes.len() as u64;
     Ok(regions + agent + size_of::<State>() as u64 + ring_bytes(jump.exact, threads) + KERNEL)
+}
+
+/// The control group of a process that has the least left, if one has a limit.
+pub fn tightest(pid: i32) -> Option<Room> {
+    MemoryGroups::of(pid)?.rooms().into_iter().min_by_key(Room::left)
 }
 
 /// Refuses a recording for which a control group of the target has no room.
@@ -73,9 +79,16 @@ impl OomWatch {
         self.last = self.now().or(self.last);
     }
 
-    /// Whether there was a kill since the look before the last.
-    pub fn struck(&self) -> bool {
-        self.now().zip(self.before).is_some_and(|(now, before)| now > before)
+    /// Whether an end by SIGKILL was the OOM killer's. Only the kernel knows whom that chose: where it struck in the target's group
+    /// since the look before the last, it is taken to have been the target.
+    pub fn explain(&self, reason: EndReason) -> EndReason {
+        match reason {
+            EndReason::TargetKilled { signal, .. } if signal == "SIGKILL" => {
+                let struck = self.now().zip(self.before).is_some_and(|(now, before)| now > before);
+                EndReason::TargetKilled { signal, out_of_memory: struck }
+            }
+            reason => reason,
+        }
     }
 
     fn now(&self) -> Option<u64> {
