@@ -14,7 +14,7 @@
 
 /// Version of everything in this file. A controller that finds another in a target only passes its hooks through and
 /// removes them.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// First word of [`State::magic`].
 pub const STATE_MAGIC: u64 = u64::from_le_bytes(*b"htstate\x01");
@@ -57,6 +57,9 @@ pub struct Descriptor {
 
 /// Threads that can be told apart. More of them at once are passed through and counted.
 pub const SLOTS: usize = 2048;
+/// [`Slot::key`] of a slot whose thread ended, as the controller found it with the world stopped: no thread pointer. Whoever takes the
+/// slot goes on with its ring and its random numbers.
+pub const TOMBSTONE: u64 = 1;
 /// log2 of [`SLOTS`].
 pub const SLOTS_LOG2: u32 = 11;
 /// Multiplier of the hash of the lower half of a thread pointer (Fibonacci hashing), fits an imm32. The upper bits of a product of
@@ -159,7 +162,7 @@ pub mod may {
 /// A thread as the agent knows it.
 #[repr(C, align(128))]
 pub struct Slot {
-    /// Its thread pointer; 0 for a free slot. At offset 0 for the fast path.
+    /// Its thread pointer; 0 for a slot that was never used, [`TOMBSTONE`]. At offset 0 for the fast path.
     pub key: u64,
     /// Bytes until its next sample; sampled when it goes below 0. At offset 8 for the fast path.
     pub until: i64,

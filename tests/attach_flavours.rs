@@ -47,6 +47,26 @@ fn eight_threads_hand_blocks_over() {
     for_each_python(all, |python| records_of(python, "handing.py", EXACT));
 }
 
+/// More threads in turn than the agent tells apart at a time (2048). Where each has a thread pointer of its own (musl maps every
+/// stack anew) the slots of those that ended are given back.
+#[test]
+fn five_thousand_threads_in_turn() {
+    // One for each C library's way with stacks; the interpreter makes no difference.
+    let chosen =
+        |python: &Python| all(python) && (python.name.starts_with("musl-") || python.name == "debian-3.13");
+    for_each_python(chosen, |python| {
+        for arguments in [EXACT, &["--sample", "512KiB"]] {
+            let mut target = Target::start(python, "many_threads.py");
+            let (dump, truth, drops) = recorded(&mut target, arguments);
+            assert_eq!(drops, 0, "{arguments:?}");
+            if arguments == EXACT {
+                truth.assert_matches(&dump);
+            }
+            assert!(target.exit().success());
+        }
+    });
+}
+
 #[test]
 fn what_mimalloc_reserves_is_no_use_of_memory() {
     for_each_python(all, |python| {

@@ -5,6 +5,7 @@ mod common;
 mod hostile;
 
 use ::heaptap::agent_abi::State;
+use ::heaptap::probe::near;
 use common::heaptap::detach_in_the_end;
 use common::snapshot::assert_left_no_trace;
 use common::{Recording, Snapshot, Target, for_each_python, heaptap};
@@ -28,6 +29,20 @@ fn state_of(pid: i32) -> Option<u64> {
             && u64::from_le_bytes(bytes) == ::heaptap::agent_abi::STATE_MAGIC
     };
     starts.filter_map(|(start, _)| u64::from_str_radix(start, 16).ok()).find(magic)
+}
+
+/// Where the first region of the jumps in `pid` is.
+fn header_of(pid: i32) -> Option<u64> {
+    let memory = std::fs::File::open(format!("/proc/{pid}/mem")).ok()?;
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).ok()?;
+    let starts = maps.lines().filter(|l| l.contains("r-xp")).filter_map(|l| l.split_once('-'));
+    let is_first = |at: &u64| {
+        let mut head = [0; near::STATE_AT + 16];
+        let read = memory.read_exact_at(&mut head, *at);
+        // Only the first names a state.
+        read.is_ok() && head.starts_with(&near::MAGIC) && head[near::STATE_AT..] != [0; 16]
+    };
+    starts.filter_map(|(start, _)| u64::from_str_radix(start, 16).ok()).find(is_first)
 }
 
 fn is_enabled(pid: i32, state: u64) -> bool {
@@ -131,6 +146,40 @@ fn turns_in(target: &mut Target) -> i64 {
     let from = call(target, "turns");
     std::thread::sleep(Duration::from_millis(300));
     call(target, "turns") - from
+}
+
+/// Killed while it leaves, between the note that the agent's memory is about to go and its going: the next one finds it. Where
+/// it has gone, and something else has its place, that is left alone.
+#[test]
+fn what_was_about_to_be_unmapped_is_found() {
+    for_each_python(of_this_machine, |python| {
+        let mut target = Target::start(python, "libc_blocks.py");
+        let before = Snapshot::take(target.pid());
+        for other_has_its_place in [false, true] {
+            Recording::attach(&target, SAMPLED).kill();
+            let pid = target.pid();
+            let (state, header) = (state_of(pid).expect("a state"), header_of(pid).expect("a first region"));
+            let memory =
+                std::fs::File::options().read(true).write(true).open(format!("/proc/{pid}/mem")).unwrap();
+            let note = header + near::STATE_AT as u64;
+            let mut pair = [0; 16];
+            memory.read_exact_at(&mut pair, note).unwrap();
+            let [noted, len] = [0, 8].map(|at| u64::from_le_bytes(pair[at..at + 8].try_into().unwrap()));
+            assert_eq!(noted, state);
+            memory.write_all_at(&(len | near::LEAVING).to_le_bytes(), note + 8).unwrap();
+            if other_has_its_place {
+                let magic = state + offset_of!(State, magic) as u64;
+                memory.write_all_at(&[0; 8], magic).unwrap();
+                detach_in_the_end(pid);
+                let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+                assert!(maps.contains(&format!("{state:x}-")), "what is not ours was unmapped:\n{maps}");
+                assert!(Snapshot::take(pid).changed_text().is_empty());
+            } else {
+                detach_in_the_end(pid);
+                assert_left_no_trace(&before, &mut target);
+            }
+        }
+    });
 }
 
 /// Each kind takes over what the other left.

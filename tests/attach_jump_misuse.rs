@@ -57,8 +57,13 @@ fn handlers_in_the_middle_of_the_agent_are_passed_through_and_counted() {
             let start = if on_stack == 1 { "start_churning_with_stack" } else { "start_churning" };
             let tid = call(&mut target, start) as i32;
             let started = Instant::now();
-            let mut sent = 0;
-            while started.elapsed() < Duration::from_secs(2) {
+            let (mut sent, mut handled) = (0, 0);
+            // Signals that come while one is pending are one: how many are handled is up to the machine.
+            while sent < 1000 || handled <= 1000 {
+                assert!(started.elapsed() < Duration::from_secs(60), "{handled} of {sent} are handled");
+                if sent % 500 == 0 {
+                    handled = call(&mut target, "mapped_in_handlers");
+                }
                 // To the churner alone.
                 let answer = tgkill(target.pid(), tid, Signal::SIGUSR1);
                 assert!(answer, "the churner is gone");
@@ -70,7 +75,6 @@ fn handlers_in_the_middle_of_the_agent_are_passed_through_and_counted() {
             let capture = recording.stop();
             capture.assert_code(0);
             eprintln!("{sent} sent, {handled} handled: {}", capture.stderr);
-            assert!(handled > 1000, "{handled} of {sent}");
             // Each mapping of a handler is recorded, or counted as missing.
             let dump = capture.dump();
             let recorded = blocks(&dump, 8192) as i64;

@@ -42,9 +42,12 @@ fn what_a_file_announces_is_not_reserved() {
     let far = [0xff, 0xff, 0xff, 0xff, 0x0f];
     let files = [
         huge_chunk,
-        with_events(&[&[0xe0, 0][..], &far, b"f"].concat()),
-        with_events(&[&[0xe0][..], &far, &[1, b'f']].concat()),
-        with_events(&[&[0xe2][..], &far, &[0, 0]].concat()),
+        with_events(&[&[0, 0, 0, 0x20, 0][..], &far, b"f"].concat()),
+        with_events(&[&[0, 0, 0, 0x20][..], &far, &[1, b'f']].concat()),
+        with_events(&[&[0, 0, 0, 0x22][..], &far, &[0, 0]].concat()),
+        // A column of 4 GiB, and the most events in the fewest bytes.
+        with_events(&[&[0, 0][..], &far].concat()),
+        with_events(&[&[0, 0, 2, 5, 5, 0x24, 2, 0x53, 0x53][..], &[0x1f; 300]].concat()),
     ];
     for bytes in files {
         assert!(CaptureReader::from_input("test", Box::new(Cursor::new(bytes.clone()))).is_ok());
@@ -52,7 +55,7 @@ fn what_a_file_announces_is_not_reserved() {
         PEAK.store(before, Ordering::Relaxed);
         use_up(&bytes);
         let used = PEAK.load(Ordering::Relaxed).saturating_sub(before);
-        // Two chunks of the greatest size are 2 MiB; the rest is the reports' own.
+        // Two chunks of the greatest size are 4 MiB; the rest is the reports' own.
         assert!(used < 8 << 20, "{used} bytes for a file of {}", bytes.len());
     }
 }

@@ -21,7 +21,7 @@ fn dumped(path: &Path) -> String {
 #[test]
 #[ignore = "makes a fixture"]
 fn write_golden_capture() {
-    script::shop_sampled(&golden(2));
+    script::shop_sampled(&golden(3));
 }
 
 #[test]
@@ -35,6 +35,11 @@ fn version_2_is_read_record_by_record_as_when_it_was_written() {
 }
 
 #[test]
+fn version_3_is_read_record_by_record_as_when_it_was_written() {
+    insta::assert_snapshot!(dumped(&golden(3)));
+}
+
+#[test]
 fn what_is_written_today_means_the_same_as_the_golden_files() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("today.heaptap");
@@ -43,12 +48,14 @@ fn what_is_written_today_means_the_same_as_the_golden_files() {
     let path = dir.path().join("sampled.heaptap");
     script::shop_sampled(&path);
     assert_eq!(dumped(&path), dumped(&golden(2)));
+    assert_eq!(dumped(&path), dumped(&golden(3)));
 }
 
 #[test]
 fn the_versions_differ_in_what_a_reader_must_know() {
     let prefix = |version| std::fs::read(golden(version)).unwrap()[8..12].to_vec();
-    assert_eq!((prefix(1), prefix(2)), (vec![1, 0, 0, 0], vec![2, 0, 0, 1]));
+    let expected = [[1, 0, 0, 0], [2, 0, 0, 1], [3, 0, 0, 1]];
+    assert_eq!([prefix(1), prefix(2), prefix(3)], expected);
 }
 
 fn recorder_and_analysis_agree(version: u32) {
@@ -65,6 +72,7 @@ fn recorder_and_analysis_agree(version: u32) {
 fn the_recorder_and_the_analysis_agree_on_what_is_live() {
     recorder_and_analysis_agree(1);
     recorder_and_analysis_agree(2);
+    recorder_and_analysis_agree(3);
     let findings = analyse(CaptureReader::open(golden(1)).unwrap(), View::HighWaterMark).unwrap();
     // 39 cache entries of 1 KiB and a quarter of the mapping are left.
     assert_eq!(findings.live.bytes(), 39 * 1024 + (1 << 18));

@@ -33,12 +33,13 @@ proptest! {
     }
 
     #[test]
-    fn made_up_records_do_no_harm(events in prop::collection::vec(
-        prop_oneof![any::<u8>(), 0xe0u8..0xec, 0u8..8], 0..300))
-    {
+    fn made_up_records_do_no_harm(
+        columns in prop::collection::vec(prop_oneof![any::<u8>(), 0u8..8], 120),
+        events in prop::collection::vec(prop_oneof![any::<u8>(), 0x20u8..0x2c, 0u8..8, 0x80u8..0x84], 0..300),
+    ) {
         // A string, a frame, a stack and a thread first, so that some of what follows has a meaning.
-        let start = [0xe0, 0, 1, b'f', 0xe1, 0, 0, 0, 1, 0xe2, 2, 0, 0, 0xe4, 2, 0xea, 100];
-        use_up(&with_events(&[&start[..], &events].concat()));
+        let start = [0x20, 0, 1, b'f', 0x21, 0, 0, 0, 1, 0x22, 2, 0, 0, 0x24, 2, 0x2a, 100];
+        use_up(&with_events(&[&[40, 40, 40][..], &columns, &start, &events].concat()));
     }
 }
 

@@ -7,12 +7,16 @@
 mod common;
 mod sampled;
 
+use common::dump::Allocation;
 use common::heaptap::Capture;
-use common::{Python, Recording, Target, pythons, soak};
+use common::snapshot::assert_left_no_trace;
+use common::{Python, Recording, Snapshot, Target, pythons, soak};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sampled::figures::Figures;
 use sampled::{Mode, Run, Truth, interval_word};
+use serde_json::Value;
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -119,6 +123,78 @@ fn wobble(pid: i32, stop: &AtomicBool) {
         }
         std::thread::sleep(Duration::from_micros(300));
     }
+}
+
+/// The interval that `--max-cpu` is to raise, and how often.
+const SMALL: u64 = 4 << 10;
+const RAISED: u64 = SMALL << 2;
+
+/// Recording takes more than its share of a processor: the interval is raised while the target runs, until the share is
+/// small, and what was drawn with either interval is weighed by its own.
+#[test]
+fn a_recording_that_costs_too_much_samples_less_and_stays_right() {
+    let mut target = Target::start(python(), "steady.py");
+    let before = Snapshot::take(target.pid());
+    // Where heaptap came to run too late, and samples were dropped, nothing is shown.
+    let recorded = (0..5).map(|_| record_until_raised(&mut target)).find(|(capture, _)| capture.drops() == 0);
+    let (capture, truth) = recorded.expect("a machine less busy");
+    assert_left_no_trace(&before, &mut target);
+    assert_steady(&capture, &truth);
+}
+
+/// Records `steady.py` until the interval is [`RAISED`]; the capture and what the program says.
+fn record_until_raised(target: &mut Target) -> (Capture, Value) {
+    let recording = Recording::attach(target, &["--sample", "4KiB", "--max-cpu", "0.1"]);
+    let (word, started) = (interval_word(target.pid()), Instant::now());
+    assert_eq!(word.read(), SMALL);
+    target.send("start");
+    target.expect("started");
+    while word.read() < RAISED {
+        assert!(started.elapsed() < Duration::from_secs(60), "it is still {}", word.read());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    target.send("end");
+    let truth = target.expect("ended")["truth"].clone();
+    let capture = recording.stop();
+    capture.assert_code(0);
+    (capture, truth)
+}
+
+/// Holds samples of `steady.py`, and what is reported of them, against its truth.
+fn assert_steady(capture: &Capture, truth: &Value) {
+    let sizes: Vec<u64> = truth["sizes"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).collect();
+    let dump = capture.dump();
+    let is_burst = |a: &&Allocation| a.stack.first().is_some_and(|frame| truth["function"] == frame.function);
+    let own: Vec<&Allocation> =
+        dump.allocations.iter().filter(is_burst).filter(|a| sizes.contains(&a.size)).collect();
+    let intervals: BTreeSet<u64> = own.iter().map(|a| a.interval).collect();
+    assert!(intervals.contains(&SMALL) && intervals.len() > 1, "drawn with {intervals:?}");
+    assert!(intervals.iter().all(|n| n.is_power_of_two()), "drawn with {intervals:?}");
+    // What a sample stands for, and the variance that it shows: of Poisson sampling, each draw by itself.
+    let (mut bytes, mut count, mut variance) = (0.0, 0.0, 0.0);
+    for a in &own {
+        let p = -(-(a.size as f64) / a.interval as f64).exp_m1();
+        (bytes, count) = (bytes + a.size as f64 / p, count + 1.0 / p);
+        variance += (1.0 - p) * (a.size as f64 / p).powi(2);
+    }
+    let (true_bytes, true_count) = (truth["bytes"].as_f64().unwrap(), truth["count"].as_f64().unwrap());
+    let sigma = variance.sqrt();
+    eprintln!(
+        "{intervals:?}: {bytes:.0} ± {sigma:.0} of {true_bytes} bytes, {count:.0} of {true_count} allocations"
+    );
+    assert!(sigma < 0.03 * true_bytes, "shows nothing: {sigma} of {true_bytes}");
+    assert!((bytes - true_bytes).abs() < 4.0 * sigma, "{bytes} ± {sigma} for {true_bytes}");
+    // The report says the same, and its own error covers the truth.
+    let stats: Value = serde_json::from_str(&capture.report("stats", &["--json"])).unwrap();
+    let sampling = &stats["run"]["sampling"];
+    assert_eq!(sampling["least_interval_bytes"], SMALL);
+    assert!(sampling["largest_interval_bytes"].as_u64() >= intervals.last().copied(), "{sampling}");
+    let is_line = |row: &&Value| row["function"] == truth["function"] && row["line"] == truth["line"];
+    let row =
+        stats["top_locations_by_size"].as_array().unwrap().iter().find(is_line).expect("the busiest line");
+    let (told, error) = (row["bytes"].as_f64().unwrap(), row["bytes_error_95"].as_f64().unwrap());
+    assert!((told - bytes).abs() < 1e-3 * bytes, "{told} reported, {bytes} by its records");
+    assert!(error < 0.06 * told && (told - true_bytes).abs() < 2.0 * error, "{row} for {true_bytes}");
 }
 
 /// Has `lost_frees.py` fill the ring and free what it had allocated before, with heaptap stopped. `None` if that took so long that

@@ -1,11 +1,12 @@
 """What the benchmark runs on and with: heaptap's release build, the peers' environment, the compiled helpers, the description
 of the machine. Knows nothing of what is measured."""
-import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
+
+import kept
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 FIXTURES = os.path.join(ROOT, "fixtures", "bench")
@@ -38,18 +39,10 @@ def environment(python):
     except (OSError, subprocess.CalledProcessError) as problem:
         raise Unusable(f"{python} does not run: {problem}") from problem
     cache = os.environ.get("HEAPTAP_PYTHONS") or os.path.expanduser("~/.cache/heaptap/pythons")
-    folder = os.path.join(cache, ".bench", version.strip())
-    stamp, inside = os.path.join(folder, "installed"), os.path.join(folder, "bin", "python")
-    os.makedirs(folder, exist_ok=True)
-    wanted = "\n".join(PACKAGES)
-    with open(os.path.join(folder, ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not os.path.exists(stamp) or open(stamp).read() != wanted:
-            command([python, "-m", "venv", folder], f"no virtual environment for {python}")
-            command([inside, "-m", "pip", "install", "--quiet", *PACKAGES], f"pip can't install {' '.join(PACKAGES)}")
-            with open(stamp, "w") as out:
-                out.write(wanted)
-    return inside
+    try:
+        return kept.environment(python, os.path.join(cache, ".bench", version.strip()), PACKAGES)
+    except (OSError, subprocess.CalledProcessError) as problem:
+        raise Unusable(f"no environment with {' '.join(PACKAGES)} for {python}: {problem}") from problem
 
 
 def helpers(folder):

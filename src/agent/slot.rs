@@ -1,7 +1,8 @@
 //! Threads: finding the calling thread's [`Slot`] by its thread pointer.
 
 use crate::abi::{
-    RING_CONTROLS_AT, RingControl, SLOT_HASH, SLOT_PROBES, SLOTS, SLOTS_LOG2, Slot, State, may, ring_data_at,
+    RING_CONTROLS_AT, RingControl, SLOT_HASH, SLOT_PROBES, SLOTS, SLOTS_LOG2, Slot, State, TOMBSTONE, may,
+    ring_data_at,
 };
 use crate::machine;
 use crate::sample;
@@ -27,6 +28,9 @@ unsafe fn find_or_make(state: *mut State, pointer: u64, home: usize) -> *mut Slo
         return core::ptr::null_mut();
     }
     let slots = (&raw mut (*state).slots).cast::<Slot>();
+    // Nobody but its thread writes a key, so it is in none of the places if it isn't in those before the first that was never used. A
+    // tombstone is taken only then: a thread has one slot, whatever was swept meanwhile.
+    let mut grave: *mut Slot = core::ptr::null_mut();
     let mut i = 0;
     while i < SLOT_PROBES {
         let slot = slots.add((home + i) & (SLOTS - 1));
@@ -35,13 +39,29 @@ unsafe fn find_or_make(state: *mut State, pointer: u64, home: usize) -> *mut Slo
         if found == pointer {
             return slot;
         }
-        if found == 0 && key.compare_exchange(0, pointer, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
-            begin(state, slot);
-            return slot;
+        if found == TOMBSTONE && grave.is_null() {
+            grave = slot;
+        }
+        if found == 0 {
+            if !grave.is_null() {
+                break;
+            }
+            if key.compare_exchange(0, pointer, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+                begin(state, slot);
+                return slot;
+            }
         }
         i += 1;
     }
-    core::ptr::null_mut()
+    if grave.is_null() {
+        return grave;
+    }
+    let key = AtomicU64::from_ptr(&raw mut (*grave).key);
+    if key.compare_exchange(TOMBSTONE, pointer, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+        return grave;
+    }
+    // Another thread was quicker. It will not be so for ever.
+    find_or_make(state, pointer, home)
 }
 
 unsafe fn checked_thread_pointer(state: *mut State) -> u64 {

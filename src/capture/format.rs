@@ -1,4 +1,4 @@
-//! The bytes of a capture file, version 2, and what version 1 did not have.
+//! The bytes of a capture file, version 3, and how versions 1 and 2 differ.
 //!
 //! All fixed-width integers are little-endian. `varint` is LEB128 of an unsigned 64-bit number,
 //! `zigzag` a varint of `(n << 1) ^ (n >> 63)`.
@@ -31,7 +31,7 @@
 //! - kind: 1 header, 2 events, 3 trailer, 4 a part of a snapshot, 5 gauges. Others are skipped. 0 is never used, so that a tail of
 //!   zeroes left by a crash is not taken for chunks.
 //! - codec: 0 stored as is (`stored_len == raw_len`), 1 one lz4 block.
-//! - `raw_len` <= 1 MiB, `stored_len` <= `lz4` bound of 1 MiB.
+//! - `raw_len` <= 2 MiB (1 MiB before version 3), `stored_len` <= `lz4` bound of that.
 //! - crc32: over the ten header bytes before it and the stored bytes.
 //!
 //! The first chunk is the header; a trailer, if there is one, is the last. A file without a trailer
@@ -39,11 +39,96 @@
 //! complete. Header and trailer are JSON objects ([`Header`](super::Header), [`Trailer`](super::Trailer));
 //! fields a reader does not know are ignored, and those missing have defaults.
 //!
-//! # Records
+//! # Events chunk
 //!
-//! An events chunk is a sequence of records. What is delta-coded starts from zero in every chunk, and
-//! every definition carries its id, so a damaged chunk loses what it holds and nothing more. What is
-//! used is defined before, in this chunk or an earlier one. The first byte:
+//! ```text
+//! ┌─────────────┬────────────┬────────────────┬────────┬───────┬───────────┬─────────┐
+//! │ stacks' len │ sizes' len │ addresses' len │ stacks │ sizes │ addresses │ control │
+//! │ varint      │ varint     │ varint         │        │       │           │ to end  │
+//! └─────────────┴────────────┴────────────────┴────────┴───────┴───────────┴─────────┘
+//! ```
+//! The control column is a sequence of records; what a record leaves to another column is the next there. At most
+//! 2^20 events. Nothing is remembered from chunk to chunk: what is delta-coded starts from zero in every one, nothing
+//! is expected at its start, and every definition carries its id. So a damaged chunk loses what it holds and nothing
+//! more. What is used is defined before, in this chunk or an earlier one. The first byte of a record:
+//!
+//! ```text
+//! bit  7   6   5   4   3   2   1   0
+//!    ┌───┬───┬───┬───────────────────┐
+//!    │ 0 │ 0 │ 0 │ n                 │  n + 1 events as expected, addresses too
+//!    │ 0 │ 0 │ 1 │ tag               │  see the table
+//!    │ 0 │ 1 │ 0 │ deallocator kind  │  free: address
+//!    │ 0 │ 1 │ 1 │ deallocator kind  │  free of a block from before the attach: address
+//!    │ 1 │ S │ Z │ allocator kind    │  allocation: [stack], [size], address
+//!    └───┴───┴───┴───────────────────┘
+//! ```
+//! - Kinds are the numbers of [`AllocatorKind`](super::AllocatorKind).
+//! - S: the stack is that of the expected event (0 if that has none); else it is a varint in the stacks column.
+//! - Z: the size is that of the expected event (0 if that has none); else it is a varint in the sizes column.
+//! - The thread of an event is the one named by the last *switch* in the chunk; there is one before the
+//!   first event.
+//!
+//! | tag | record | fields in the control column |
+//! |---|---|---|
+//! | 0 | string | id, varint length, UTF-8 bytes |
+//! | 1 | frame | id, varint function string, varint file string, varint line (0: unknown) |
+//! | 2 | stack node | id, varint parent node (0: none), varint frame |
+//! | 3 | thread | varint tid, varint length, OS name, varint length, Python name (empty: unknown) |
+//! | 4 | switch | zigzag tid - current tid (0 at the chunk's start) |
+//! | 5 | time | varint units of 100 µs since the chunk's last time (first of a chunk: since the start) |
+//! | 6 | an event as expected but for its address | (address) |
+//! | 7 | unmap | (length in the sizes column, address) |
+//! | 8 | drop | varint count, u8 reason |
+//! | 9 | gap | varint ns, u8 reason |
+//! | 10 | interval | varint bytes |
+//!
+//! *interval* is true of the allocations that follow in the chunk, and 0 at its start. 0: they were recorded
+//! for certain. Otherwise each was sampled with probability 1 - exp(-size / interval), so it stands for
+//! 1 / that many of its kind. The allocators of the mapping domain (mmap, mremap) are recorded for certain
+//! whatever the interval is. An interval other than 0 occurs only in a file with the flag 0x0100.
+//!
+//! `id` is a zigzag difference to the id after the last one of that sort defined in the chunk
+//! (so 0 in the ordinary case), and absolute for the first. Strings and frames count from 0, stack
+//! nodes from 1. A parent's id is below its child's.
+//!
+//! # Addresses
+//!
+//! An address is a varint in the addresses column, its *place*:
+//!
+//! | place | address |
+//! |---|---|
+//! | 0 | that which the place of the expected event means now |
+//! | 1 | a zigzag follows: the difference to the address of the event before |
+//! | 2 + 2n | of an allocation: that of the event n before the latest that is none; of all others: that of the n-th last allocation (0: the latest); n < 65,536 |
+//! | 3 + 2n | the difference to the address of the event before is 16 * unzigzag(n) |
+//!
+//! The event before the chunk's first has the address 0; differences wrap at 64 bits.
+//!
+//! # What is expected
+//!
+//! Programs repeat themselves: the event that followed in the same context before is expected now, its place included
+//! (the block given back two frees ago, say, whichever that is now). Writer and reader do the same
+//! with the events of the chunk (`src/capture/predict.rs`):
+//!
+//! - An event's *shape* is its class (0 allocation, 1 free, 2 free from before the attach, 3 unmap) * 32 + kind, its
+//!   stack, and its size or length (0 where it has none). A shape with a size of 2^32 or more is never expected; a place
+//!   of 2^32 - 1 or more is forgotten, and so is place 1.
+//! - While an event at *position* p of the chunk is followed, the one at p is expected, and after an event of that
+//!   shape the next position is followed. After another shape none is, until an allocation ends a context that was
+//!   there before: then the event after its latest occurrence is followed. Only the last 2^18 events are remembered
+//!   (a position is given up when it is 2^18 - 1 events ago).
+//! - A context is four allocations in a row, as a hash of 24 bits: with `m(v) = (w ^ w >> 32) where w = (v ^ v >> 29) *
+//!   0x9e3779b97f4a7c15`, each is `a = m(size ^ stack << 32 ^ (class * 32 + kind) << 27)`, 0 for those before the chunk;
+//!   `h = 0`, then `h = m(h ^ a)` from the latest to the earliest; the high 24 bits of h with the lowest of them set. Of contexts
+//!   with the same high 16 bits only the last is remembered.
+//! - Where no position is followed, the event is expected that came last in the same slot of 1,024: `m(stack of the last
+//!   allocation << 8 | class * 32 + kind of the last event) >> 54` (0 and 255 at the chunk's start).
+//!
+//! So the events of a loop cost next to nothing from its second time round, if it is no longer than 2^18 events.
+//!
+//! # Versions 1 and 2
+//!
+//! Records in a row, without columns, and each whole; nothing is expected. The first byte:
 //!
 //! ```text
 //! bit  7   6   5   4   3   2   1   0
@@ -57,37 +142,12 @@
 //!    │ 1 │ 1 │ 1 │ tag               │  everything else
 //!    └───┴───┴───┴───────────────────┘
 //! ```
-//! - Kinds are the numbers of [`AllocatorKind`](super::AllocatorKind).
 //! - allocation: zigzag of `address - last`, divided by 16 if A is set; varint size; and unless S (same
-//!   stack as the chunk's last allocation, 0 before the first) is set, varint stack. Ids of stacks are
-//!   not delta-coded: hot stacks are the same bytes each time, which lz4 finds.
+//!   stack as the chunk's last allocation, 0 before the first) is set, varint stack.
 //! - *last* is the address in the record before that has one; differences wrap at 64 bits.
 //! - d counts from 0 (the latest allocation of this chunk) to 255.
-//! - The thread of an event is the one named by the last *switch* in the chunk; there is one before the
-//!   first event.
-//!
-//! | tag | record | fields |
-//! |---|---|---|
-//! | 0 | string | id, varint length, UTF-8 bytes |
-//! | 1 | frame | id, varint function string, varint file string, varint line (0: unknown) |
-//! | 2 | stack node | id, varint parent node (0: none), varint frame |
-//! | 3 | thread | varint tid, varint length, OS name, varint length, Python name (empty: unknown) |
-//! | 4 | switch | zigzag tid - current tid (0 at the chunk's start) |
-//! | 5 | time | varint ns since the chunk's last time (first of a chunk: since the start) |
-//! | 6 | free, from before the attach | u8 kind, zigzag address - last |
-//! | 7 | unmap | zigzag address - last, varint length |
-//! | 8 | drop | varint count, u8 reason |
-//! | 9 | gap | varint ns, u8 reason |
-//! | 10 | interval (version 2) | varint bytes |
-//!
-//! *interval* is true of the allocations that follow in the chunk, and 0 at its start. 0: they were recorded
-//! for certain. Otherwise each was sampled with probability 1 - exp(-size / interval), so it stands for
-//! 1 / that many of its kind. The allocators of the mapping domain (mmap, mremap) are recorded for certain
-//! whatever the interval is. An interval other than 0 occurs only in a file with the flag 0x0100.
-//!
-//! `id` is a zigzag difference to the id after the last one of that sort defined in the chunk
-//! (so 0 in the ordinary case), and absolute for the first. Strings and frames count from 0, stack
-//! nodes from 1. A parent's id is below its child's.
+//! - Tags as above but for three: 5, time, is varint ns; 6 is a free from before the attach: u8 kind, zigzag address - last;
+//!   7, unmap, is zigzag address - last, varint length. Tag 10 and the flag 0x0100 came with version 2.
 //!
 //! # Snapshots
 //!
@@ -113,24 +173,32 @@
 /// First bytes of every capture.
 pub const MAGIC: [u8; 8] = *b"\x89HTAP\r\n\x1a";
 /// The version this binary writes, and the newest it reads.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Bytes of magic, version, flags and checksum.
 pub const PREFIX_LEN: usize = 16;
 /// Bytes before a chunk's stored bytes.
 pub const CHUNK_HEADER_LEN: usize = 14;
 /// The most a chunk may hold uncompressed.
-pub const MAX_RAW_LEN: usize = 1 << 20;
+pub const MAX_RAW_LEN: usize = 2 << 20;
 /// The most a chunk may hold as stored (lz4's bound for [`MAX_RAW_LEN`]).
 pub const MAX_STORED_LEN: usize = MAX_RAW_LEN + MAX_RAW_LEN / 255 + 16;
 /// The writer closes a chunk when it has this many bytes.
-pub const CHUNK_TARGET_LEN: usize = 256 << 10;
+pub const CHUNK_TARGET_LEN: usize = MAX_RAW_LEN - (128 << 10);
+/// The most events a chunk may have.
+pub const CHUNK_EVENTS: u32 = 1 << 20;
+/// An event can be expected to repeat one of so many before it.
+pub const EXPECTED_EVENTS: usize = 1 << 18;
+/// An event can name one of so many addresses before it, of allocations or of blocks given back.
+pub const NEAR_ADDRESSES: usize = 1 << 16;
+/// Times are told in units of so many nanoseconds.
+pub const TIME_UNIT_NS: u64 = 100_000;
 /// The longest string kept; longer ones are cut by the writer.
 pub const MAX_STRING_LEN: usize = 16 << 10;
 /// Flag bits that a reader must understand.
 pub const REQUIRED_FLAGS: u16 = 0xff00;
 /// Flag: some allocations are samples.
 pub const FLAG_SAMPLED: u16 = 0x0100;
-/// How many allocations back a free can name its block by one byte.
+/// How many allocations back a free can name its block by one byte (versions 1 and 2).
 pub const RECENT_ADDRESSES: usize = 256;
 
 /// Chunk kinds.
@@ -155,7 +223,59 @@ pub mod codec {
     pub const LZ4: u8 = 1;
 }
 
-/// First bytes of records.
+/// First bytes in the control column.
+pub mod control {
+    /// Below: so many events less one are as expected.
+    pub const LONGEST_RUN: u8 = 0x20;
+    /// Below [`FREE`]: records other than events, by the numbers of versions 1 and 2.
+    pub const OTHERS: u8 = 0x20;
+    /// A string.
+    pub const STRING: u8 = 0x20;
+    /// A frame.
+    pub const FRAME: u8 = 0x21;
+    /// A stack node.
+    pub const STACK: u8 = 0x22;
+    /// A thread's names.
+    pub const THREAD: u8 = 0x23;
+    /// The thread of the events that follow.
+    pub const SWITCH: u8 = 0x24;
+    /// The time of the events that follow.
+    pub const TIME: u8 = 0x25;
+    /// An event as expected but for its address.
+    pub const EXPECTED_ELSEWHERE: u8 = 0x26;
+    /// A range unmapped.
+    pub const UNMAP: u8 = 0x27;
+    /// Events dropped.
+    pub const DROP: u8 = 0x28;
+    /// A span without records.
+    pub const GAP: u8 = 0x29;
+    /// The sampling interval of the allocations that follow.
+    pub const INTERVAL: u8 = 0x2a;
+    /// A free.
+    pub const FREE: u8 = 0x40;
+    /// A free of a block from before the attach.
+    pub const FREE_UNKNOWN: u8 = 0x60;
+    /// An allocation.
+    pub const ALLOCATION: u8 = 0x80;
+    /// Its stack is that of the expected event.
+    pub const EXPECTED_STACK: u8 = 0x40;
+    /// Its size is that of the expected event.
+    pub const EXPECTED_SIZE: u8 = 0x20;
+    /// The kind in the low five bits.
+    pub const KIND: u8 = 0x1f;
+}
+
+/// Numbers in the address column.
+pub mod place {
+    /// As the expected event's.
+    pub const EXPECTED: u64 = 0;
+    /// The next number is the difference.
+    pub const BYTES: u64 = 1;
+    /// From here on: see the module's docs.
+    pub const FIRST: u64 = 2;
+}
+
+/// First bytes of records in versions 1 and 2.
 pub mod tag {
     /// Allocation: the address difference is in units of 16.
     pub const ALIGNED: u8 = 0x40;

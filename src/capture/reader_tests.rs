@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::addr::RemoteAddr;
+use crate::capture::format::CHUNK_EVENTS;
 use crate::capture::{
     Allocation, AllocatorKind, CaptureWriter, Counters, DropReason, EndReason, Free, FreeUnknown, GapReason,
     StackId, Unmap,
@@ -177,12 +178,14 @@ proptest! {
     fn bytes_that_pass_the_checksum_but_mean_nothing_do_no_harm(raw in prop::collection::vec(any::<u8>(), 0..400)) {
         let mut bytes = write(|_| {});
         bytes.truncate(chunk_offsets(&bytes)[1]);
+        // Once with columns of nothing, once as it is.
+        crate::capture::chunk::seal(kind::EVENTS, &[&[0, 0, 0][..], &raw].concat(), &mut bytes);
         crate::capture::chunk::seal(kind::EVENTS, &raw, &mut bytes);
         let mut reader = read(bytes).unwrap();
         for record in reader.by_ref() {
             record.unwrap();
         }
-        prop_assert!(reader.stacks().stack_count() <= raw.len());
+        prop_assert!(reader.stacks().stack_count() <= 2 * raw.len());
     }
 }
 
@@ -255,11 +258,11 @@ fn another_version_or_file_says_what_it_is() {
     let error = read(bytes.clone()).err().unwrap();
     assert!(matches!(error, CaptureError::NewerVersion { found: 9, .. }));
     assert!(error.to_string().contains("version 9") && error.hint().is_some());
-    for (version, flags) in [(1, FLAG_SAMPLED), (2, 0x0200), (2, FLAG_SAMPLED | 0x8000)] {
+    for (version, flags) in [(1, FLAG_SAMPLED), (2, 0x0200), (3, 0x0200), (3, FLAG_SAMPLED | 0x8000)] {
         bytes[..PREFIX_LEN].copy_from_slice(&crate::capture::writer::prefix(version, flags));
         assert!(matches!(read(bytes.clone()), Err(CaptureError::NewerFeatures { .. })));
     }
-    for (version, flags) in [(1, 0x0001), (2, 0x0080), (2, FLAG_SAMPLED | 0x0080)] {
+    for (version, flags) in [(3, 0x0001), (3, 0x0080), (3, FLAG_SAMPLED | 0x0080)] {
         bytes[..PREFIX_LEN].copy_from_slice(&crate::capture::writer::prefix(version, flags));
         assert_eq!(events(&mut read(bytes.clone()).unwrap()).len(), 10);
     }
@@ -308,13 +311,17 @@ fn samples_in_a_file_that_says_it_has_none_are_refused() {
     assert_eq!(events(&mut reader).len(), 1);
 
     let mut bytes = write(|writer| writer.allocation(sample).unwrap());
-    bytes[..PREFIX_LEN].copy_from_slice(&crate::capture::writer::prefix(2, 0));
+    bytes[..PREFIX_LEN].copy_from_slice(&crate::capture::writer::prefix(VERSION, 0));
     let mut reader = read(bytes.clone()).unwrap();
     assert_eq!((events(&mut reader).len(), reader.damage().chunks), (0, 1));
-    // Version 1 has no such record at all.
-    bytes[..PREFIX_LEN].copy_from_slice(&crate::capture::writer::prefix(1, 0));
-    let mut reader = read(bytes).unwrap();
-    assert_eq!((events(&mut reader).len(), reader.damage().chunks), (0, 1));
+    // Version 1 has no such record at all, version 2 has it with the flag.
+    for (version, flags, found) in [(1, 0, (0, 1)), (2, 0, (0, 1)), (2, FLAG_SAMPLED, (1, 0))] {
+        let mut bytes = crate::capture::writer::prefix(version, flags).to_vec();
+        crate::capture::chunk::seal(kind::HEADER, b"{}", &mut bytes);
+        crate::capture::chunk::seal(kind::EVENTS, &[0xe4, 2, 0xea, 100, 0x60, 2, 8], &mut bytes);
+        let mut reader = read(bytes).unwrap();
+        assert_eq!((events(&mut reader).len(), reader.damage().chunks), found);
+    }
 }
 
 #[test]
@@ -384,4 +391,63 @@ fn frees_find_their_blocks_however_long_ago_they_were_allocated() {
     }
     let bytes = write(|writer| expected.iter().for_each(|record| put(writer, record)));
     assert_eq!(events(&mut read(bytes).unwrap()), expected);
+}
+
+/// A ring of blocks of a few sizes, each replaced in a certain order; every sixteenth in none.
+fn ring(events: u64) -> Vec<Record> {
+    let mut places = [0u64; 97];
+    let mut records = Vec::new();
+    for n in 0..events / 2 {
+        let chance = n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+        let place = if n % 16 == 0 { chance } else { n * 7 } as usize % places.len();
+        let size = 600 + n * n % 31 * 16;
+        let old =
+            std::mem::replace(&mut places[place], 0x7f00_0000_0000 + (chance & 0xfff) * 0x2000 + n % 2 * 8);
+        if old > 0 {
+            let (deallocator, address) = (AllocatorKind::Free, RemoteAddr(old));
+            records.push(Record::Free(Free { deallocator, tid: 1, address }));
+        }
+        records.push(Record::Allocation(malloc(1, places[place], size, StackId::EMPTY)));
+    }
+    records
+}
+
+#[test]
+fn what_repeats_itself_beyond_every_bound_comes_out_as_it_went_in() {
+    // More than the history of the events expected, and more than a chunk may have.
+    let records = ring(u64::from(CHUNK_EVENTS) + 300_000);
+    let bytes = write(|writer| records.iter().for_each(|record| put(writer, record)));
+    let mut reader = read(bytes).unwrap();
+    assert!(events(&mut reader) == records);
+    assert_eq!((reader.cut(), reader.damage().chunks), (None, 0));
+}
+
+#[test]
+fn a_chunk_does_not_need_the_one_before_it() {
+    // The same events three times: were anything expected across chunks, the third would lean on the second.
+    let records = ring(4000);
+    let mut bytes = write(|writer| {
+        for _ in 0..3 {
+            records.iter().for_each(|record| put(writer, record));
+            writer.flush().unwrap();
+        }
+    });
+    let offsets = chunk_offsets(&bytes);
+    bytes[offsets[2] + CHUNK_HEADER_LEN + 5] ^= 0x40;
+    let mut reader = read(bytes).unwrap();
+    assert!(events(&mut reader) == [&records[..], &records].concat());
+    assert_eq!(reader.damage().chunks, 1);
+}
+
+#[test]
+fn more_events_than_a_chunk_may_have_are_refused() {
+    let mut bytes = write(|_| {});
+    bytes.truncate(chunk_offsets(&bytes)[1]);
+    // A thread, one free at 16, and then that it goes on like this.
+    let mut raw = vec![0, 0, 2, 5, 5, 0x24, 2, 0x53, 0x53];
+    raw.extend(vec![0x1f; CHUNK_EVENTS as usize / 32 + 1]);
+    crate::capture::chunk::seal(kind::EVENTS, &raw, &mut bytes);
+    let mut reader = read(bytes).unwrap();
+    assert_eq!(events(&mut reader).len(), CHUNK_EVENTS as usize);
+    assert_eq!(reader.damage().first.as_ref().unwrap().why, "it has more events than a chunk may have");
 }

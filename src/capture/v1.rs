@@ -130,7 +130,7 @@ impl ChunkDecoder {
     }
 
     /// Everything else.
-    fn other(
+    pub(super) fn other(
         &mut self,
         first: u8,
         cursor: &mut Cursor<'_>,
@@ -208,7 +208,8 @@ impl ChunkDecoder {
         }
     }
 
-    fn tid(&self) -> Result<u32, Broken> {
+    /// The thread of the events now.
+    pub(super) fn tid(&self) -> Result<u32, Broken> {
         self.tid.ok_or("an event has no thread")
     }
 
@@ -224,7 +225,7 @@ impl ChunkDecoder {
     }
 }
 
-fn kind(id: u8) -> Result<AllocatorKind, Broken> {
+pub(super) fn kind(id: u8) -> Result<AllocatorKind, Broken> {
     AllocatorKind::from_id(id).ok_or("an allocator's kind is unknown")
 }
 

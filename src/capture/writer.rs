@@ -2,13 +2,16 @@
 //!
 //! Crash consistency: a chunk is handed to the kernel by one call once it is complete, so a file
 //! whose writer was killed ends with a whole chunk or with one that fails its checksum. Memory: one
-//! chunk, and the tables of distinct strings, frames and stacks.
+//! chunk three times (6 MiB), what is expected of its events (6.3 MiB), and the tables of distinct strings, frames and
+//! stacks.
 
 use super::chunk;
 use super::create::create;
 use super::encode::ChunkEncoder;
 use super::error::CaptureError;
-use super::format::{CHUNK_TARGET_LEN, FLAG_SAMPLED, MAGIC, MAX_RAW_LEN, MAX_STRING_LEN, VERSION, kind};
+use super::format::{
+    CHUNK_EVENTS, CHUNK_TARGET_LEN, FLAG_SAMPLED, MAGIC, MAX_RAW_LEN, MAX_STRING_LEN, VERSION, kind,
+};
 use super::gauges::{self, Gauges};
 use super::header::Header;
 use super::intern::{Full, Interned, Interner, cut};
@@ -41,6 +44,7 @@ pub struct CaptureWriter {
     sampled: bool,
     encoder: ChunkEncoder,
     interner: Interner,
+    raw: Vec<u8>,
     packed: Vec<u8>,
     counters: Counters,
     now_ns: u64,
@@ -65,6 +69,7 @@ impl CaptureWriter {
             sampled: header.sampling_mean_bytes.is_some(),
             encoder: ChunkEncoder::new(),
             interner: Interner::default(),
+            raw: Vec::new(),
             packed: Vec::new(),
             counters: Counters::default(),
             now_ns: 0,
@@ -223,8 +228,9 @@ impl CaptureWriter {
         if self.encoder.is_empty() {
             return Ok(());
         }
-        chunk::seal(kind::EVENTS, self.encoder.bytes(), &mut self.packed);
-        self.encoder.reset();
+        self.encoder.finish(&mut self.raw);
+        chunk::seal(kind::EVENTS, &self.raw, &mut self.packed);
+        self.raw.clear();
         self.written_time = None;
         self.write_packed()
     }
@@ -291,7 +297,8 @@ impl CaptureWriter {
     }
 
     fn room(&mut self) -> Result<(), CaptureError> {
-        if self.encoder.bytes().len() >= CHUNK_TARGET_LEN { self.flush() } else { self.check_open() }
+        let full = self.encoder.len() >= CHUNK_TARGET_LEN || self.encoder.events() == CHUNK_EVENTS;
+        if full { self.flush() } else { self.check_open() }
     }
 
     fn check_open(&self) -> Result<(), CaptureError> {

@@ -253,6 +253,12 @@ fn print_summary(summary: &Summary, options: &RecordOptions, out: &mut dyn Write
         bytes(c.live_bytes),
         counted(c.live_blocks, "block")
     )?;
+    // 0 is what nobody could measure.
+    let extra = match c.target_extra_bytes {
+        0 => String::new(),
+        extra => format!("; the target had {} more", bytes(extra)),
+    };
+    writeln!(out, "  heaptap had at most {} resident{extra}", bytes(c.controller_peak_bytes))?;
     if summary.unreadable_stacks > 0 {
         let stacks = counted(summary.unreadable_stacks, "Python stack");
         writeln!(out, "  {stacks} could not be read: shown as none")?;

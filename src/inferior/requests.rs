@@ -20,6 +20,11 @@ impl Inferior {
         sys::registers(tid).map_err(TraceError::of("read the registers of", tid))
     }
 
+    /// The vector registers and the rest of a stopped thread's extended state; `None` where the processor has none.
+    pub fn extended_state(&self, tid: i32) -> Result<Option<Vec<u8>>, TraceError> {
+        sys::extended_state(tid).map_err(TraceError::of("read the vector registers of", tid))
+    }
+
     /// Sets the instruction pointer of a stopped thread.
     pub fn set_rip(&self, tid: i32, rip: RemoteAddr) -> Result<(), TraceError> {
         sys::set_rip(tid, rip.0).map_err(TraceError::of("set the instruction pointer of", tid))

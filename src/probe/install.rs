@@ -268,6 +268,11 @@ impl Installed {
         &mut self.calls
     }
 
+    /// Memory that the process has in addition, in bytes.
+    pub fn extra_bytes(&self) -> u64 {
+        self.regions.len() as u64 * REGION_LEN as u64 + region::copied_code(&self.patches)
+    }
+
     /// Whether our SIGTRAP handler is in force.
     pub fn has_handler(&self) -> bool {
         self.handler_installed

@@ -13,7 +13,7 @@ use super::references;
 use super::region::Patch;
 use super::signal_frames::interrupted_at;
 use crate::addr::RemoteAddr;
-use crate::agent_abi::{SLOTS, Slot, State};
+use crate::agent_abi::{SLOTS, Slot, State, function};
 use crate::inferior::error::TraceError;
 use crate::inferior::sys::Registers;
 use crate::inferior::{Inferior, maps};
@@ -171,8 +171,8 @@ fn mappings(pid: i32) -> Result<Vec<Mapping>, TraceError> {
 pub fn lift(mut inferior: Inferior, loaded: &Loaded, filtered: bool) -> Result<LeftBehind, ProbeError> {
     let mut left = LeftBehind::default();
     inferior.prepare_calls()?;
-    let changed = match lift_hooks(&mut inferior, loaded, &mut left) {
-        Ok(changed) => changed,
+    let thunks = match lift_hooks(&mut inferior, loaded, &mut left) {
+        Ok(thunks) => thunks,
         Err(error) => {
             let ended = inferior.has_ended();
             let let_go = inferior.detach();
@@ -183,7 +183,7 @@ pub fn lift(mut inferior: Inferior, loaded: &Loaded, filtered: bool) -> Result<L
             };
         }
     };
-    let wrapped = !left.busy && references::any(&inferior, &changed)?;
+    let wrapped = !left.busy && references::kept(&mut inferior, &thunks)?;
     inferior.detach()?;
     if left.busy {
         left.regions.clone_from(&loaded.regions);
@@ -204,8 +204,9 @@ pub fn switch_off(loaded: &Loaded) -> Result<(), ProbeError> {
     Ok(written.map_err(|source| TraceError::Proc { path, source })?)
 }
 
-/// Takes the patches back and waits for quiet. The process is stopped afterwards. Answers the thunks of words that hold
-/// something else by now: somebody wrapped the function and may call through them.
+/// Takes the patches back and waits for quiet. The process is stopped afterwards. Answers the thunks whose address the
+/// application may have: those of CPython's tables, which it may have copied at any time, whatever they hold now
+/// (tracemalloc calls what it once saved even when it is started the next time), and those of other words that it has changed.
 fn lift_hooks(
     inferior: &mut Inferior,
     loaded: &Loaded,
@@ -214,22 +215,28 @@ fn lift_hooks(
     inferior.stop_to_leave()?;
     let enabled = loaded.parts.state.0.offset(offset_of!(State, enabled) as u64);
     inferior.write(enabled, &0_u32.to_le_bytes())?;
-    let mut changed = Vec::new();
+    let mut thunks = Vec::new();
     for hook in &loaded.hooks {
-        if !lift_patch(inferior, hook)? {
-            changed.push(hook.thunk.0);
+        let unchanged = lift_patch(inferior, hook)?;
+        if let Hooked::Word { value, .. } = &hook.hooked {
+            // State and agent are about to go: whoever comes by the thunk from now on is passed on by it.
+            let (at, bytes) = near::pass_on(hook.thunk, *value);
+            inferior.write(at, &bytes)?;
+            if !unchanged || hook.function != function::CODE_DEALLOC {
+                thunks.push(hook.thunk.0);
+            }
         }
     }
     let start = Instant::now();
     loop {
         move_threads(inferior, |rip| loaded.hooks.iter().find_map(|h| h.out_of_trampoline(rip)))?;
         if !is_busy(inferior, loaded)? {
-            return Ok(changed);
+            return Ok(thunks);
         }
         if start.elapsed() > QUIET_PATIENCE {
             left.busy = true;
             left.why.push(super::lift::why_busy(inferior));
-            return Ok(changed);
+            return Ok(thunks);
         }
         inferior.run_for(QUIET_INTERVAL)?;
     }
@@ -239,11 +246,7 @@ fn lift_hooks(
 fn lift_patch(inferior: &Inferior, hook: &Hook) -> Result<bool, ProbeError> {
     let Patch { address, len, before, planted } = hook.patch;
     let now = inferior.memory().read_vec(address, len)?;
-    if let Hooked::Word { value, .. } = &hook.hooked
-        && now != planted[..len]
-    {
-        // The thunk passes calls on by itself from now on: state and agent are about to go.
-        inferior.write(hook.thunk, &near::pass_on(*value))?;
+    if matches!(&hook.hooked, Hooked::Word { .. }) && now != planted[..len] {
         return Ok(false);
     }
     let first = near::first_to_restore(&now, &planted[..len]).unwrap_or(0);
@@ -388,9 +391,9 @@ fn remove(loaded: &Loaded, wrapped: bool, filtered: bool, left: &mut LeftBehind)
     }
 }
 
-/// The region that stays names nothing beside itself any more: what the application has there later is not ours.
+/// The region that stays names nothing beside itself any more, but for the state until that is unmapped: what the application
+/// has there later is not ours.
 fn withdraw(inferior: &Inferior, base: RemoteAddr) -> Result<(), TraceError> {
-    inferior.write(base.offset(near::STATE_AT as u64), &[0; 16])?;
     inferior.write(base.offset(near::RINGS_AT as u64), &[0; 16])?;
     let code = [base.0.to_le_bytes(), (super::region::REGION_LEN as u64).to_le_bytes()].concat();
     inferior.write(base.offset(near::CODE_AT as u64), &code)

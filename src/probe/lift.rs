@@ -64,10 +64,15 @@ impl Installed {
         see: &mut dyn FnMut(&Inferior, i32, &Registers, Observation),
     ) -> Result<LeftBehind, ProbeError> {
         let mut left = LeftBehind::default();
-        let mut changed = Vec::new();
+        let mut thunks = Vec::new();
         for patch in &self.patches {
-            if !self.lift_patch(inferior, patch)? {
-                changed.push(*patch);
+            self.lift_patch(inferior, patch)?;
+            if patch.len == 8 {
+                // The application may have copied the word at any time, and may call through our thunk for ever: it only
+                // passes calls on from now on.
+                let thunk = u64::from_le_bytes(patch.planted);
+                inferior.write(RemoteAddr(thunk), &[region::NOP])?;
+                thunks.push(thunk);
             }
         }
         self.settle_traps(inferior, see)?;
@@ -82,7 +87,7 @@ impl Installed {
         }
         self.clean_newborns(inferior)?;
         self.reblock(inferior)?;
-        self.remove_regions(inferior, &changed, &mut left)?;
+        self.remove_regions(inferior, &thunks, &mut left)?;
         inferior.set_bypasses(HashMap::new());
         Ok(left)
     }
@@ -91,7 +96,7 @@ impl Installed {
     fn remove_regions(
         &self,
         inferior: &mut Inferior,
-        changed: &[Patch],
+        thunks: &[u64],
         left: &mut LeftBehind,
     ) -> Result<(), ProbeError> {
         if left.busy {
@@ -104,8 +109,7 @@ impl Installed {
             inferior.remote_syscall(tid, sigaction(original, RemoteAddr::NULL))?;
         }
         // The thunks of words are all in the first region.
-        let thunks: Vec<u64> = changed.iter().map(|p| u64::from_le_bytes(p.planted)).collect();
-        let wrapped = references::any(inferior, &thunks)?;
+        let wrapped = references::any(inferior, thunks)?;
         for region in &self.regions {
             if wrapped && *region == self.first_region {
                 inferior.write(region.offset(region::HANDLER_INSTALLED), &0_u64.to_le_bytes())?;
@@ -126,20 +130,18 @@ impl Installed {
         Ok(())
     }
 
-    /// Takes one patch back. False where the application has changed the word since: its thunk then only passes calls on.
-    fn lift_patch(&self, inferior: &Inferior, patch: &Patch) -> Result<bool, ProbeError> {
+    /// Takes one patch back, except from a word that the application has changed since.
+    fn lift_patch(&self, inferior: &Inferior, patch: &Patch) -> Result<(), ProbeError> {
         let now = inferior.memory().read_vec(patch.address, patch.len)?;
         if patch.len == 8 && now != patch.planted {
-            // Somebody wrapped the allocator after us, and may call through our thunk for ever.
-            inferior.write(RemoteAddr(u64::from_le_bytes(patch.planted)), &[region::NOP])?;
-            return Ok(false);
+            return Ok(());
         }
         inferior.write(patch.address, &patch.before[..patch.len])?;
         let restored = inferior.memory().read_vec(patch.address, patch.len)?;
         if restored != patch.before[..patch.len] {
             return Err(ProbeError::NotRestored { addr: patch.address, len: patch.len });
         }
-        Ok(true)
+        Ok(())
     }
 
     /// Every thread that stands on a trap of ours, reported or still queued, goes on as if it weren't there.

@@ -15,6 +15,7 @@ use crate::agent_abi::{self as abi, PythonFacts, State, function, may};
 use crate::inferior::error::{AttachError, TraceError};
 use crate::inferior::remote_call::Call;
 use crate::inferior::{Inferior, facts, maps};
+use crate::memory::RemoteMemory;
 use nix::errno::Errno;
 use std::mem::offset_of;
 use std::os::fd::OwnedFd;
@@ -22,6 +23,7 @@ use std::time::{Duration, Instant};
 
 const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE) as u64;
 const READ_EXECUTE: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+const PAGE: u64 = 4096;
 const READ_WRITE: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
 /// `<linux/memfd.h>`; kernels before 6.3 do not know it.
 const MFD_NOEXEC_SEAL: u64 = 8;
@@ -126,11 +128,16 @@ pub fn unload(inferior: &mut Inferior, parts: &Parts, regions: &[RemoteAddr]) ->
     let mapped = all.filter(|(_, len)| *len > 0).collect();
     let header = regions.first().copied();
     let mut loader = Loader { inferior, header, mapped };
-    if let Some(first) = header.filter(|first| *first != parts.code.0) {
-        // The first region stays, the agent behind it goes.
+    // Where the first region stays, the agent behind it goes.
+    let staying = header.filter(|first| *first != parts.code.0);
+    if let Some(first) = staying {
         loader.note(near::CODE_AT, (first, REGION_LEN as u64))?;
     }
-    loader.unmap()
+    loader.unmap()?;
+    match staying {
+        Some(_) if !loader.inferior.has_ended() => Ok(loader.note(near::STATE_AT, (RemoteAddr::NULL, 0))?),
+        _ => Ok(()),
+    }
 }
 
 /// Seizes a thread to unmap in the name of. Another heaptap that was refused, or a debugger that had a look, is gone soon.
@@ -224,8 +231,7 @@ impl Loader<'_> {
         Ok(regions)
     }
 
-    /// Tells in the first region where a part is, or that it is nowhere any more: from then on the application may have
-    /// something of its own there.
+    /// Tells in the first region where a part is.
     fn note(&self, at: usize, (addr, len): (RemoteAddr, u64)) -> Result<(), TraceError> {
         let Some(header) = self.header else { return Ok(()) };
         let pair = [addr.0.to_le_bytes(), len.to_le_bytes()].concat();
@@ -258,12 +264,38 @@ impl Loader<'_> {
     /// Zero in a forked child: it passes everything through. No huge pages: a touch would take 2 MiB.
     fn map_state(&mut self) -> Result<RemoteAddr, ProbeError> {
         let len = size_of::<State>() as u64;
-        let at = self.call("mmap", libc::SYS_mmap, &[0, len, READ_WRITE, PRIVATE, u64::MAX, 0])?;
-        self.mapped.push((RemoteAddr(at), len));
-        self.note(near::STATE_AT, (RemoteAddr(at), len))?;
-        self.call("madvise", libc::SYS_madvise, &[at, len, libc::MADV_WIPEONFORK as u64])?;
-        self.no_huge_pages(at, len)?;
-        Ok(RemoteAddr(at))
+        let at = self.map_noted(len)?;
+        self.note(near::STATE_AT, (at, len))?;
+        self.call("madvise", libc::SYS_madvise, &[at.0, len, libc::MADV_WIPEONFORK as u64])?;
+        self.no_huge_pages(at.0, len)?;
+        Ok(at)
+    }
+
+    /// Private memory whose place was noted before it was mapped: a heaptap that is killed in between leaves nothing that can't be
+    /// found. A page on either side stays free, lest the kernel shows it as one with its neighbour.
+    fn map_noted(&mut self, len: u64) -> Result<RemoteAddr, ProbeError> {
+        let maps = maps::mappings(self.inferior.pid()).map_err(proc_error)?;
+        let near = self.header.unwrap_or(RemoteAddr::NULL);
+        let room = len.next_multiple_of(PAGE) + 2 * PAGE;
+        let found = places(&maps, near, room).into_iter().map(|at| at.offset(PAGE));
+        // No place near: the kernel's own choice, noted afterwards.
+        for place in found.chain([RemoteAddr::NULL]) {
+            let fixed = if place == RemoteAddr::NULL { 0 } else { libc::MAP_FIXED_NOREPLACE as u64 };
+            if fixed != 0 {
+                self.note(near::STATE_AT, (place, len | near::COMING))?;
+            }
+            match self.call("mmap", libc::SYS_mmap, &[place.0, len, READ_WRITE, PRIVATE | fixed, u64::MAX, 0])
+            {
+                Ok(at) => {
+                    self.mapped.push((RemoteAddr(at), len));
+                    return Ok(RemoteAddr(at));
+                }
+                // The other threads run: one took the gap.
+                Err(TraceError::RemoteCall { errno: Errno::EEXIST | Errno::EPERM, .. }) if fixed != 0 => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(ProbeError::NoRoom { addr: near, module: "the agent's state".into() })
     }
 
     fn no_huge_pages(&mut self, at: u64, len: u64) -> Result<(), TraceError> {
@@ -302,9 +334,15 @@ impl Loader<'_> {
         Ok((RemoteAddr(at), file.into()))
     }
 
+    /// Notes that the state is about to go. Killed before it is gone, heaptap leaves what the next one finds.
+    fn note_leaving(&self) -> Result<(), TraceError> {
+        let Some(header) = self.header else { return Ok(()) };
+        withdraw_state(self.inferior, header)
+    }
+
     /// Last mapped first: what names the rest goes when the rest is gone.
     fn unmap(&mut self) -> Result<(), ProbeError> {
-        let mut first = self.note(near::STATE_AT, (RemoteAddr::NULL, 0)).map_err(ProbeError::from);
+        let mut first = self.note_leaving().map_err(ProbeError::from);
         for (at, len) in std::mem::take(&mut self.mapped).into_iter().rev() {
             match self.call("munmap", libc::SYS_munmap, &[at.0, len]) {
                 Ok(_) => {}
@@ -320,6 +358,19 @@ impl Loader<'_> {
             tracing::error!("undoing a refused attach: {error}");
         }
     }
+}
+
+/// Marks the state that the region at `header` names as about to be unmapped: see [`near::LEAVING`].
+pub(super) fn withdraw_state(inferior: &Inferior, header: RemoteAddr) -> Result<(), TraceError> {
+    let note = header.offset(near::STATE_AT as u64);
+    let [state, len] = [note, note.offset(8)].map(|at| inferior.memory().read_u64(at).unwrap_or(0));
+    if len == 0 || len & (near::LEAVING | near::COMING) != 0 {
+        return Ok(());
+    }
+    // One that was not filled in yet, or is a forked child's, has none.
+    let magic = RemoteAddr(state).offset(offset_of!(State, magic) as u64);
+    inferior.write(magic, &abi::STATE_MAGIC.to_le_bytes())?;
+    inferior.write(note.offset(8), &(len | near::LEAVING).to_le_bytes())
 }
 
 fn proc_error(source: maps::FactError) -> TraceError {

@@ -22,6 +22,11 @@ pub const MAGIC: [u8; 8] = *b"heaptap\x02";
 /// Offsets in the header of the pairs (address, length) of what else there is: the state, the ring memory, the code (this region
 /// and the agent behind it).
 pub const STATE_AT: usize = 32;
+/// In the length of the state: it is being unmapped. From then on the application may have something of its own there, and
+/// it is ours only while it has the magic of one.
+pub const LEAVING: u64 = 1 << 63;
+/// In the length of the state: it is being mapped. It is ours only if there is a mapping of exactly that place and length.
+pub const COMING: u64 = 1 << 62;
 /// See [`STATE_AT`].
 pub const RINGS_AT: usize = 48;
 /// See [`STATE_AT`].
@@ -38,6 +43,10 @@ pub const MEMFD: &str = "memfd:heaptap";
 /// How its descriptors are shown in /proc/PID/fd.
 pub const RING_FILE: &str = "/memfd:heaptap";
 const MAX_OTHERS: usize = 8;
+/// `lea r11, [rip+…]`, with which the thunk of a word begins.
+const LEA_R11: [u8; 3] = [0x4c, 0x8d, 0x1d];
+/// Where the address lies in such a thunk to which it jumps: behind that instruction and `jmp [rip+0]`.
+const TARGET_AT: u64 = 7 + 6;
 const MAX_PATCHES: usize = 64;
 
 /// What a hook is put on.
@@ -59,6 +68,8 @@ pub enum Hooked {
 pub struct Hook {
     /// What it is put on.
     pub hooked: Hooked,
+    /// One of [`crate::agent_abi::function`].
+    pub function: u8,
     /// Where it leads.
     pub thunk: RemoteAddr,
     /// How the function runs unhooked: its trampoline, or the function that a word pointed to.
@@ -159,7 +170,7 @@ impl NearRegion {
                 planted: thunk.0.to_le_bytes(),
             },
         };
-        self.hooks.push(Hook { hooked, thunk, original, trampoline, patch });
+        self.hooks.push(Hook { hooked, function, thunk, original, trampoline, patch });
         Ok(())
     }
 
@@ -177,7 +188,7 @@ impl NearRegion {
         }
         let next = self.here().offset(7);
         let displacement = descriptor.0.wrapping_sub(next.0) as i64 as i32;
-        self.bytes.extend([0x4c, 0x8d, 0x1d]);
+        self.bytes.extend(LEA_R11);
         self.bytes.extend(displacement.to_le_bytes());
         self.bytes.extend([0xff, 0x25, 0, 0, 0, 0]);
         self.bytes.extend(agent.0.to_le_bytes());
@@ -239,9 +250,39 @@ pub fn first_to_restore(now: &[u8], planted: &[u8]) -> Option<usize> {
     }
 }
 
-/// What a word's thunk becomes when the agent goes and the application keeps the thunk's address: a jump to `original`.
-pub fn pass_on(original: RemoteAddr) -> Vec<u8> {
-    let mut bytes = vec![0xff, 0x25, 0, 0, 0, 0];
-    bytes.extend(original.0.to_le_bytes());
-    bytes
+/// What makes a word's thunk pass calls on by itself, as the agent goes and the application may keep the thunk's address: the
+/// address that it jumps to, and where that lies. Data alone changes: a thread that stands between the thunk's two instructions, or
+/// will come back to there from a signal handler, finds the second one whole. (It has the descriptor's address in r11, which
+/// is free at a function's entry.)
+pub fn pass_on(thunk: RemoteAddr, original: RemoteAddr) -> (RemoteAddr, [u8; 8]) {
+    (thunk.offset(TARGET_AT), original.0.to_le_bytes())
+}
+
+/// Whether these first bytes are those of a word's thunk as [`NearRegion::add`] makes it.
+pub fn is_thunk(head: &[u8]) -> bool {
+    head.starts_with(&LEA_R11)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent_abi::function;
+
+    #[test]
+    fn a_thunk_passes_on_by_a_change_of_data_alone() {
+        let base = RemoteAddr(0x1_0000);
+        let mut region = NearRegion::new(base, Controller::default());
+        let hooked = Hooked::Word { word: RemoteAddr(0x5000), value: RemoteAddr(0x7777_0000) };
+        let (agent, state) = (RemoteAddr(0x1234_5678_9abc), RemoteAddr(0x9000));
+        region.add(hooked, function::PYTHON, agent, state).unwrap();
+        let thunk = region.hooks[0].thunk;
+        let (at, bytes) = pass_on(thunk, RemoteAddr(0x7777_0000));
+        let [from, to] = [thunk, at].map(|addr| addr.since(base) as usize);
+        assert!(is_thunk(&region.bytes[from..]));
+        assert_eq!(region.bytes[to..to + 8], agent.0.to_le_bytes());
+        // What jumps by it is right before it: ff 25 and a distance of 0.
+        assert_eq!(region.bytes[to - 6..to], [0xff, 0x25, 0, 0, 0, 0]);
+        assert_eq!(bytes, 0x7777_0000_u64.to_le_bytes());
+        assert_eq!(to + 8, region.bytes.len());
+    }
 }

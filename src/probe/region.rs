@@ -44,6 +44,7 @@ use super::plan::{EntryPoint, TableWord};
 use crate::addr::RemoteAddr;
 use iced_x86::code_asm::{CodeAssembler, eax, qword_ptr, rsp};
 use iced_x86::{BlockEncoder, BlockEncoderOptions, Decoder, DecoderOptions, IcedError, InstructionBlock};
+use std::collections::HashSet;
 
 /// Magic of a region; the last byte is the version of its layout.
 pub const MAGIC: [u8; 8] = *b"heaptap\x01";
@@ -86,6 +87,15 @@ pub struct Patch {
     pub before: [u8; 8],
     /// What is planted.
     pub planted: [u8; 8],
+}
+
+/// Bytes of the pages of code that these change: the kernel gives the process a copy of its own of each.
+pub fn copied_code<'a>(patches: impl IntoIterator<Item = &'a Patch>) -> u64 {
+    const PAGE: u64 = 4096;
+    // Eight bytes are a pointer in data, which is the process's own already.
+    let code = patches.into_iter().filter(|patch| patch.len < 8);
+    let pages: HashSet<u64> = code.map(|patch| patch.address.0 / PAGE).collect();
+    pages.len() as u64 * PAGE
 }
 
 /// The code behind one observed function.

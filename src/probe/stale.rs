@@ -4,10 +4,12 @@
 //! Nothing in a region is trusted further than it can be checked: a patch is undone only where memory holds
 //! exactly what that patch planted, a mapping is unmapped only where it looks like ours.
 
+use super::agent_image::AgentImage;
 use super::error::ProbeError;
 use super::install::{calling_thread, sigaction};
 use super::jump::Presence;
 use super::lift::LeftBehind;
+use super::load;
 use super::near::{self, Parts};
 use super::references;
 use super::region::{HANDLER_INSTALLED, HEADER_LEN, MAGIC, NOP, ORIGINAL_ACTION, PATCH_LEN, REGION_LEN};
@@ -38,6 +40,8 @@ pub struct Stale {
     patches: Vec<(RemoteAddr, usize, [u8; 8], [u8; 8])>,
     /// The rest of the jump kind.
     jump: Option<Jump>,
+    /// Mapped, and nothing written into it yet: see [`blank`].
+    blank: bool,
 }
 
 /// What the jump kind has beside its first region.
@@ -79,24 +83,35 @@ impl Stale {
         (len == 8 && thunk.0.wrapping_sub(self.base.0) < REGION_LEN as u64).then_some(thunk)
     }
 
-    /// Takes the patches back. Answers the thunks behind words that hold something else by now: somebody wrapped the
-    /// allocator and may call through them, so that they must only pass calls on.
+    /// Takes the patches back, and has the thunks of words only pass calls on. Answers those whose address the application may
+    /// have: of words that hold something else by now, and of CPython's tables, which it may have copied at any time.
     fn undo_patches(&self, inferior: &Inferior) -> Result<Vec<u64>, ProbeError> {
-        let mut changed = Vec::new();
+        let mut thunks = Vec::new();
+        // A recording without the tables has one word, `tp_dealloc`, of which nobody takes a copy.
+        let has_tables = self.patches.iter().filter(|(_, len, ..)| *len == 8).count() > 1;
         for (address, len, before, planted) in &self.patches {
             let now = inferior.memory().read_vec(*address, *len).unwrap_or_default();
-            if let Some(first) = near::first_to_restore(&now, &planted[..*len]) {
+            let first = near::first_to_restore(&now, &planted[..*len]);
+            if let Some(first) = first {
                 inferior.write(address.offset(first as u64), &before[first..*len])?;
-            } else if let Some(thunk) = self.thunk_of_word(*len, *planted) {
-                if self.is_jump() {
-                    inferior.write(thunk, &near::pass_on(RemoteAddr(u64::from_le_bytes(*before))))?;
-                } else {
-                    inferior.write(thunk, &[NOP])?;
-                }
-                changed.push(thunk.0);
+            }
+            let Some(thunk) = self.thunk_of_word(*len, *planted) else { continue };
+            if self.is_jump() {
+                pass_on(inferior, thunk, RemoteAddr(u64::from_le_bytes(*before)))?;
+            } else {
+                inferior.write(thunk, &[NOP])?;
+            }
+            if first.is_none() || has_tables {
+                thunks.push(thunk.0);
             }
         }
-        Ok(changed)
+        Ok(thunks)
+    }
+
+    /// Whether all of a region is zero.
+    fn is_still_blank(&self, memory: &dyn RemoteMemory) -> bool {
+        let (base, len) = self.jump.as_ref().map_or((self.base, 0), |jump| jump.parts.code);
+        memory.read_vec(base, len as usize).is_ok_and(|bytes| bytes.iter().all(|byte| *byte == 0))
     }
 
     /// Ranges in which a thread executes our code.
@@ -116,12 +131,20 @@ impl Stale {
         if self.jump.is_none() {
             return Ok(());
         }
-        inferior.write(self.base.offset(near::STATE_AT as u64), &[0; 16])?;
+        load::withdraw_state(inferior, self.base)?;
         if keep {
             let code = [self.base.0.to_le_bytes(), (REGION_LEN as u64).to_le_bytes()].concat();
             inferior.write(self.base.offset(near::CODE_AT as u64), &code)?;
         }
         Ok(())
+    }
+
+    /// The state is gone, the first region stays.
+    fn forget_state(&self, inferior: &Inferior) -> Result<(), TraceError> {
+        match self.jump {
+            Some(_) => inferior.write(self.base.offset(near::STATE_AT as u64), &[0; 16]),
+            None => Ok(()),
+        }
     }
 
     /// Everything mapped, the first region last, so that what finds the rest goes when the rest is gone. `keep`: without the
@@ -137,16 +160,44 @@ impl Stale {
         let private = |m: &Mapping| m.backing == Backing::Anonymous && m.perms.write && !m.perms.execute;
         let state = at(jump.parts.state.0).is_some_and(private).then_some(jump.parts.state);
         let others = jump.others.iter().map(|at| (*at, REGION_LEN as u64));
+        let others = others.filter(|(at, len)| is_code(maps, *at, *len));
         let (base, len) = jump.parts.code;
-        let first = if keep { REGION_LEN as u64 } else { 0 };
+        let region = REGION_LEN as u64;
         // Where only the first region was left, there is nothing behind it.
-        let behind = Some((base.offset(first), len.saturating_sub(first))).filter(|(_, len)| *len > 0);
-        rings.chain(state).chain(others).chain(behind).collect()
+        let agent = Some((base.offset(region), len.saturating_sub(region)));
+        let agent = agent.filter(|(at, len)| *len > 0 && is_code(maps, *at, *len));
+        let first = Some((base, region)).filter(|_| !keep);
+        rings.chain(state).chain(others).chain(agent).chain(first).collect()
     }
 }
 
 /// Every region of ours in a process. Reads only.
 pub fn find(memory: &dyn RemoteMemory, maps: &[Mapping]) -> Vec<Stale> {
+    let mut found = written(memory, maps);
+    found.extend(maps.iter().filter_map(|m| blank(memory, m)));
+    found
+}
+
+/// A region that a heaptap mapped which was killed before it had written a byte: private executable memory of exactly the size of
+/// one, all zero. No thread can be in it, for zeroes fault; and whoever writes there by now is told by a second look, taken
+/// while the process stands still.
+fn blank(memory: &dyn RemoteMemory, mapping: &Mapping) -> Option<Stale> {
+    let region = REGION_LEN as u64;
+    let agent = AgentImage::new().ok()?.bytes.len() as u64;
+    let len = mapping.len();
+    let is_ours = len == region || len == (region + agent).next_multiple_of(PAGE);
+    if !is_ours || !is_code(std::slice::from_ref(mapping), mapping.start, len) {
+        return None;
+    }
+    let parts = Parts { code: (mapping.start, len), ..Parts::default() };
+    let jump = Some(Jump { parts, others: vec![], inherited: false });
+    let (base, controller) = (mapping.start, (0, 0));
+    let stale = Stale { base, controller, handler_installed: false, patches: vec![], jump, blank: true };
+    stale.is_still_blank(memory).then_some(stale)
+}
+
+/// The regions that begin with a magic.
+fn written(memory: &dyn RemoteMemory, maps: &[Mapping]) -> Vec<Stale> {
     let candidates =
         maps.iter().filter(|m| m.backing == Backing::Anonymous && m.perms.execute && !m.perms.write);
     // The kernel shows neighbouring mappings with equal rights as one.
@@ -159,15 +210,61 @@ pub fn find(memory: &dyn RemoteMemory, maps: &[Mapping]) -> Vec<Stale> {
             let mut stale = parse(base, &memory.read_vec(base, REGION_LEN).ok()?)?;
             if let Some(jump) = &mut stale.jump {
                 let magic = jump.parts.state.0.offset(std::mem::offset_of!(State, magic) as u64);
+                let has_magic = memory.read_u64(magic).ok() == Some(STATE_MAGIC);
+                let (at, noted) = jump.parts.state;
+                let len = noted & !(near::LEAVING | near::COMING);
+                let is_gone = noted & near::LEAVING != 0 && !has_magic;
+                let never_came = noted & near::COMING != 0 && !is_state(maps, at, len);
+                // What is there then, if anything, is the application's.
+                jump.parts.state = if is_gone || never_came { (RemoteAddr::NULL, 0) } else { (at, len) };
                 // The state is written before the table of patches.
                 let complete = jump.parts.state.1 > 0 && !stale.patches.is_empty();
-                jump.inherited = complete && memory.read_u64(magic).ok() != Some(STATE_MAGIC);
-                // What is not ours any more is none of them.
-                jump.others.retain(|at| memory.read_vec(*at, 8).is_ok_and(|bytes| bytes == near::MAGIC));
+                jump.inherited = complete && !has_magic;
+                jump.others.retain(|at| is_other_region(memory, maps, *at, stale.controller));
             }
             Some(stale)
         })
         .collect()
+}
+
+/// Whether a further region that the first names is one still: private code that begins as that heaptap's regions begin. What is
+/// not ours any more is none.
+fn is_other_region(
+    memory: &dyn RemoteMemory,
+    maps: &[Mapping],
+    at: RemoteAddr,
+    (pid, start_time): (i32, u64),
+) -> bool {
+    let Ok(bytes) = memory.read_vec(at, HEADER_LEN) else { return false };
+    is_code(maps, at, REGION_LEN as u64)
+        && bytes[..8] == near::MAGIC
+        && bytes[8..12] == (REGION_LEN as u32).to_le_bytes()
+        && (word(&bytes, 16), word(&bytes, 24)) == (Some(pid as u64), Some(start_time))
+}
+
+/// Whether a mapping of the application's own memory is at this place and has this length to the page.
+fn is_state(maps: &[Mapping], at: RemoteAddr, len: u64) -> bool {
+    let pages = len.checked_next_multiple_of(PAGE);
+    let ours = |m: &&Mapping| m.backing == Backing::Anonymous && m.perms.write && !m.perms.execute;
+    maps.iter().filter(ours).any(|m| m.start == at && Some(m.len()) == pages)
+}
+
+/// Whether all of the range is private executable memory that nothing backs and nobody may write to, as our code is.
+fn is_code(maps: &[Mapping], at: RemoteAddr, len: u64) -> bool {
+    let Some(end) = at.0.checked_add(len) else { return false };
+    let ours = |m: &&Mapping| {
+        let perms = m.perms;
+        m.backing == Backing::Anonymous && perms.execute && !perms.write && !perms.shared
+    };
+    let mut from = at;
+    // The kernel shows neighbours with unequal flags as two.
+    while from.0 < end {
+        match maps.iter().filter(ours).find(|m| m.contains(from)) {
+            Some(mapping) => from = mapping.end,
+            None => return false,
+        }
+    }
+    at.0.is_multiple_of(PAGE)
 }
 
 fn word(bytes: &[u8], at: usize) -> Option<u64> {
@@ -197,6 +294,7 @@ fn parse(base: RemoteAddr, bytes: &[u8]) -> Option<Stale> {
         handler_installed: jump.is_none() && word(bytes, HANDLER_INSTALLED as usize)? == 1,
         patches,
         jump,
+        blank: false,
     })
 }
 
@@ -209,7 +307,7 @@ fn parse_jump(base: RemoteAddr, bytes: &[u8]) -> Option<Jump> {
     let abi = u32::from_le_bytes(bytes.get(near::ABI_AT..near::ABI_AT + 4)?.try_into().ok()?);
     let plausible = parts.code.0 == base
         && (REGION_LEN as u64..16 << 20).contains(&parts.code.1)
-        && parts.state.1 < 1 << 30
+        && parts.state.1 & !(near::LEAVING | near::COMING) < 1 << 30
         && abi == ABI_VERSION;
     let others = (0..8).map_while(|i| word(bytes, near::OTHERS_AT + 8 * i).filter(|at| *at != 0));
     let others: Vec<_> = others.map(RemoteAddr).collect();
@@ -234,9 +332,9 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
         inferior.suspend_filters().map_err(|errno| ProbeError::Seccomp { errno })?;
     }
     inferior.prepare_calls()?;
-    let mut changed = Vec::new();
+    let mut thunks = Vec::new();
     for stale in found {
-        changed.push(stale.undo_patches(inferior)?);
+        thunks.push(stale.undo_patches(inferior)?);
     }
     let mut left = LeftBehind::default();
     let start = Instant::now();
@@ -249,6 +347,16 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
         }
         inferior.run_for(INTERVAL)?;
     }
+    // Before anything is unmapped: the process may run while its memory is searched.
+    let mut kept = Vec::new();
+    for (stale, thunks) in found.iter().zip(&thunks) {
+        let search = if stale.is_jump() {
+            references::kept(inferior, thunks)
+        } else {
+            references::any(inferior, thunks)
+        };
+        kept.push(search?);
+    }
     let tid = calling_thread(inferior)?;
     let maps = mappings(inferior)?;
     for stale in found {
@@ -257,22 +365,37 @@ pub fn remove(inferior: &mut Inferior, found: &[Stale]) -> Result<LeftBehind, Pr
             inferior.remote_syscall(tid, sigaction(original, RemoteAddr::NULL))?;
         }
     }
-    for (stale, thunks) in found.iter().zip(changed) {
-        if references::any(inferior, &thunks)? {
+    for (stale, keep) in found.iter().zip(kept) {
+        if stale.blank {
+            if stale.is_still_blank(inferior.memory()) {
+                unmap(inferior, tid, &stale.mapped(&maps, false))?;
+            }
+            continue;
+        }
+        if keep {
             if !stale.is_jump() {
                 inferior.write(stale.base.offset(HANDLER_INSTALLED), &0_u64.to_le_bytes())?;
             }
             left.regions.push(stale.base);
             left.why = vec![references::WHY.into()];
-            stale.withdraw(inferior, true)?;
-            unmap(inferior, tid, &stale.mapped(&maps, true))?;
-        } else {
-            stale.withdraw(inferior, false)?;
-            unmap(inferior, tid, &stale.mapped(&maps, false))?;
+        }
+        stale.withdraw(inferior, keep)?;
+        unmap(inferior, tid, &stale.mapped(&maps, keep))?;
+        if keep {
+            stale.forget_state(inferior)?;
         }
     }
     close_ring_files(inferior, tid)?;
     Ok(left)
+}
+
+/// See [`near::pass_on`]. An older heaptap has written a thunk that does nothing else over the ordinary one: that stays.
+fn pass_on(inferior: &Inferior, thunk: RemoteAddr, original: RemoteAddr) -> Result<(), TraceError> {
+    if inferior.memory().read_vec(thunk, 8).is_ok_and(|head| near::is_thunk(&head)) {
+        let (at, bytes) = near::pass_on(thunk, original);
+        inferior.write(at, &bytes)?;
+    }
+    Ok(())
 }
 
 /// A heaptap that was killed between making the ring memory and closing its descriptor left that open.
@@ -355,32 +478,5 @@ fn is_busy_with_traps(inferior: &Inferior, found: &[&Stale]) -> Result<bool, Pro
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::probe::region::{Controller, Patch, Region};
-
-    #[test]
-    fn a_region_written_is_a_region_found() {
-        let mut region = Region::new(RemoteAddr(0x10000), Controller { pid: 77, start_time: 5 });
-        let patch = Patch {
-            address: RemoteAddr(0x4000),
-            len: 1,
-            before: [0x55, 0, 0, 0, 0, 0, 0, 0],
-            planted: [0xcc, 0, 0, 0, 0, 0, 0, 0],
-        };
-        region.finish_first(&[patch], &[(RemoteAddr(1), RemoteAddr(2))], &[], true).unwrap();
-        region.set_original_action(&[0; 32], true);
-        let stale = parse(RemoteAddr(0x10000), &region.image().unwrap()).unwrap();
-        assert_eq!(stale.controller, (77, 5));
-        assert!(stale.handler_installed);
-        assert_eq!(stale.patches, [(RemoteAddr(0x4000), 1, patch.before, patch.planted)]);
-    }
-
-    #[test]
-    fn hostile_bytes_are_no_region() {
-        let mut bytes = vec![0xff; REGION_LEN];
-        assert_eq!(parse(RemoteAddr(0), &bytes), None);
-        bytes[..8].copy_from_slice(&MAGIC);
-        assert_eq!(parse(RemoteAddr(0), &bytes), None);
-    }
-}
+#[path = "stale_tests.rs"]
+mod tests;

@@ -6,6 +6,7 @@
 
 use super::RecordError;
 use super::clock::Clock;
+use super::graves::Graves;
 use super::guard::Guard;
 use super::ledger::Ledger;
 use super::merge::Merger;
@@ -27,6 +28,7 @@ use crate::memory::RemoteMemory;
 use crate::probe::jump;
 use crate::probe::lift::LeftBehind;
 use crate::probe::load::Loaded;
+use crate::probe::region::copied_code;
 use crate::probe::ring::{Heart, Missing, ticks};
 use crate::probe::ring_record::{Event, What};
 use std::time::{Duration, Instant};
@@ -51,6 +53,7 @@ pub struct AgentSource {
     memory: ProcessMemory,
     target: TargetState,
     guard: Guard,
+    graves: Graves,
     /// Every event is recorded.
     exact: bool,
     /// Its system calls are filtered.
@@ -90,6 +93,7 @@ impl AgentSource {
             tids: Tids::new(pid),
             target: TargetState::open(pid, loaded.parts.state.0, handle)?,
             guard: Guard::new(settings.interval, max_cpu),
+            graves: Graves::default(),
             loaded,
             _heart: heart,
             reconciler: Reconciler::default(),
@@ -153,6 +157,7 @@ impl AgentSource {
         let Ok(counts) = self.target.counts() else { return };
         self.counts.passed_through = counts.passed_through;
         self.counts.without_slot = counts.without_slot;
+        self.graves.look(self.loaded.pid, self.loaded.parts.state.0, &counts);
         if !self.exact
             && let Some(interval) = self.guard.look(ticks(), counts.spent)
         {
@@ -193,9 +198,10 @@ impl AgentSource {
     }
 
     fn measure(&mut self) {
-        let parts = &self.loaded.parts;
-        match self.target.resident(&[parts.state, parts.rings, parts.code]) {
-            Ok(bytes) => self.counts.extra_bytes = bytes,
+        let mut ranges = self.loaded.code();
+        ranges.extend([self.loaded.parts.state, self.loaded.parts.rings]);
+        match self.target.resident(&ranges) {
+            Ok(bytes) => self.counts.extra_bytes = bytes + copied_code(self.loaded.patches()),
             Err(error) => tracing::debug!("what is resident in the target cannot be told: {error}"),
         }
     }
@@ -272,8 +278,9 @@ impl AgentSource {
 impl RecordSource for AgentSource {
     const COUNTS_CALLS: bool = false;
 
-    /// The target runs already.
+    /// The target runs already. It may be gone before the first second is over.
     fn start(&mut self) -> Result<(), RecordError> {
+        self.measure();
         Ok(())
     }
 

@@ -8,6 +8,7 @@ pub mod agent;
 pub mod clock;
 pub mod examine;
 pub mod given_back;
+mod graves;
 pub mod guard;
 pub mod header;
 pub mod ledger;

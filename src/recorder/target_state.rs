@@ -4,7 +4,7 @@
 //! with it, whatever the process executes later.
 
 use crate::addr::RemoteAddr;
-use crate::agent_abi::{SLOTS, STATE_MAGIC, Slot, State, TRACKED_BUCKETS};
+use crate::agent_abi::{SLOTS, STATE_MAGIC, Slot, State, TOMBSTONE, TRACKED_BUCKETS};
 use crate::inferior::error::TraceError;
 use crate::inferior::handle::Handle;
 use crate::inferior::stop::StopEvent;
@@ -40,6 +40,8 @@ pub struct AgentCounts {
     pub passed_through: u64,
     /// Calls of threads without a slot.
     pub without_slot: u64,
+    /// Slots that threads have, or had when they ended.
+    pub slots: usize,
 }
 
 /// See the module.
@@ -78,11 +80,13 @@ impl TargetState {
         let passed_through = one(offset_of!(State, in_agent))?;
         let mut slots = vec![0; size_of::<[Slot; SLOTS]>()];
         self.read(offset_of!(State, slots), &mut slots)?;
-        let spent = slots
-            .chunks_exact(size_of::<Slot>())
-            .filter(|slot| number(slot, offset_of!(Slot, key)) != 0)
-            .fold(0, |sum: u64, slot| sum.saturating_add(number(slot, offset_of!(Slot, spent))));
-        Ok(AgentCounts { spent, passed_through, without_slot })
+        let words =
+            |slot: &[u8]| (number(slot, offset_of!(Slot, key)), number(slot, offset_of!(Slot, spent)));
+        let slots: Vec<(u64, u64)> =
+            slots.chunks_exact(size_of::<Slot>()).map(words).filter(|(key, _)| *key != 0).collect();
+        let spent = slots.iter().fold(0, |sum: u64, (_, spent)| sum.saturating_add(*spent));
+        let slots = slots.iter().filter(|(key, _)| *key != TOMBSTONE).count();
+        Ok(AgentCounts { spent, passed_through, without_slot, slots })
     }
 
     /// Addresses of the samples that the agent knows; `None` if it is gone.
@@ -159,7 +163,7 @@ mod tests {
     fn counts_and_condition_are_read_and_the_interval_is_written() {
         let (mut words, state) = ours();
         assert_eq!(state.condition(), Condition::Recording);
-        let counts = AgentCounts { spent: 900, passed_through: 4, without_slot: 3 };
+        let counts = AgentCounts { spent: 900, passed_through: 4, without_slot: 3, slots: 9 };
         assert_eq!(state.counts().unwrap(), counts);
         state.set_interval(4096).unwrap();
         assert_eq!(words[offset_of!(State, interval) / 8], 4096);

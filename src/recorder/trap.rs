@@ -208,13 +208,14 @@ impl RecordSource for TrapSource {
     }
 
     fn counts(&self) -> SourceCounts {
-        SourceCounts::default()
+        SourceCounts { extra_bytes: self.installed.extra_bytes(), ..SourceCounts::default() }
     }
 
     fn finish(self, ledger: &mut Ledger) -> Result<Finished, RecordError> {
+        let counts = self.counts();
         let Self { mut inferior, mut installed, mut reader, mut locations, .. } = self;
         if inferior.has_ended() {
-            return Ok(Finished::default());
+            return Ok(Finished { counts, ..Finished::default() });
         }
         let mut failed = None;
         let mut see = |tid, regs: &Registers, observation| {
@@ -235,11 +236,11 @@ impl RecordSource for TrapSource {
         let ended = inferior.has_ended();
         let let_go = inferior.detach();
         match lifted {
-            Err(_) if ended => Ok(Finished { failed, ..Finished::default() }),
+            Err(_) if ended => Ok(Finished { failed, counts, ..Finished::default() }),
             Err(error) => Err(error.into()),
             Ok(left) => {
                 let_go?;
-                Ok(Finished { left, failed, ..Finished::default() })
+                Ok(Finished { left, failed, counts })
             }
         }
     }

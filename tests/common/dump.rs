@@ -86,6 +86,8 @@ pub struct Dump {
     /// Frame on top and stack below, by id.
     stacks: HashMap<u64, (u64, u64)>,
     blocks: HashMap<u64, usize>,
+    /// An address that was given out while it was live.
+    doubled: Option<String>,
     ranges: BTreeMap<u64, (u64, usize)>,
     live: u64,
     peak: u64,
@@ -100,6 +102,10 @@ impl Dump {
                 .unwrap_or_else(|error| panic!("dump line {}: {error}: {line}", number + 1));
             *dump.counts.entry(parsed.kind.clone()).or_default() += 1;
             dump.apply(parsed, line);
+        }
+        // A free may be among the events that the capture tells as dropped.
+        if let Some(doubled) = dump.doubled.take().filter(|_| !dump.counts.contains_key("drop")) {
+            panic!("{doubled}");
         }
         dump
     }
@@ -157,10 +163,10 @@ impl Dump {
         } else if let Some(old) = self.blocks.insert(allocation.address, index)
             && self.allocations[old].interval == 0
         {
-            panic!(
+            self.doubled.get_or_insert(format!(
                 "{:#x} was allocated twice without a free: {:?}",
                 allocation.address, self.allocations[old]
-            );
+            ));
         }
         self.allocations.push(allocation);
         if self.live > self.peak {

@@ -209,7 +209,14 @@ impl Snapshot {
 /// Panics with all differences unless the process looks as it did, is free, and (when not stopped) still computes.
 pub fn assert_left_no_trace(before: &Snapshot, target: &mut Target) {
     target.assert_alive();
-    let found = before.differences(target.pid());
+    let mut found = before.differences(target.pid());
+    if !found.is_empty() && !before.stopped {
+        // Whatever a visitor left stays. A number that looked like an address of code, of an executable that lies low, and is
+        // counted up goes on.
+        target.ping();
+        let still = before.differences(target.pid());
+        found.retain(|difference| still.contains(difference));
+    }
     assert!(found.is_empty(), "pid {} carries traces:\n  {}", target.pid(), found.join("\n  "));
     if !before.stopped {
         target.ping();

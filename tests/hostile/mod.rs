@@ -21,9 +21,13 @@ use crate::common::{Python, Target};
 /// The default of `heaptap attach`.
 pub const SAMPLED: &[&str] = &["--sample", "512KiB"];
 
-/// Interpreters of this machine: a library compiled here is not one for another root.
+/// Interpreters of this machine: a library compiled here is not one for another root. 3.11, or those that `HEAPTAP_TEST_PYTHON`
+/// names.
 pub fn of_this_machine(python: &Python) -> bool {
-    python.records_promised(crate::common::Kind::Jump) && python.name.starts_with("pyenv-3.11")
+    let named = std::env::var_os("HEAPTAP_TEST_PYTHON").is_some_and(|names| !names.is_empty());
+    python.records_promised(crate::common::Kind::Jump)
+        && python.root.is_none()
+        && (named || python.name.starts_with("pyenv-3.11"))
 }
 
 /// `fixtures/native/hostile.c`, compiled into `folder`.

@@ -171,6 +171,12 @@ impl Word {
     pub fn write(&self, interval: u64) {
         self.memory.write_all_at(&interval.to_le_bytes(), self.at).unwrap();
     }
+
+    pub fn read(&self) -> u64 {
+        let mut bytes = [0; 8];
+        self.memory.read_exact_at(&mut bytes, self.at).unwrap();
+        u64::from_le_bytes(bytes)
+    }
 }
 
 /// Finds it, by the mark of the agent's state.
