@@ -237,7 +237,7 @@ impl Observer for Console {
 
 fn print_summary(summary: &Summary, options: &RecordOptions, out: &mut dyn Write) -> io::Result<()> {
     let c = &summary.counters;
-    writeln!(out, "recorded process {} for {}", options.pid, duration(summary.elapsed.as_nanos() as u64),)?;
+    writeln!(out, "recorded process {} for {}", options.pid, duration(summary.elapsed.as_nanos() as u64))?;
     writeln!(
         out,
         "  {}, {}, {} of blocks from before, {}",
