@@ -53,11 +53,13 @@ def speed_of(result, when):
 
 
 def slowdown(result):
-    return speed_of(result, "before") / speed_of(result, "during")
+    """By the time a step takes without the recorder: half of it measured before, half after, so that a machine that gets faster or
+    slower meanwhile is not taken for the recorder's doing."""
+    return (1 / speed_of(result, "during")) / statistics.mean(1 / speed_of(result, when) for when in ("before", "after"))
 
 
 def cpu(result):
-    return result["during"]["cpu_per_step"] / result["before"]["cpu_per_step"]
+    return result["during"]["cpu_per_step"] / statistics.mean(result[when]["cpu_per_step"] for when in ("before", "after"))
 
 
 def recovered(result):
@@ -95,10 +97,10 @@ def added_share(cells):
 
 
 def speed(cells):
-    text = ["## Slowdown while recorded\n", "Steps per second before / while recorded, of the same process. Where the target has a core of its own (all but "
-            "threads), the time in which another load of the machine kept it from that core is left out.\n",
+    text = ["## Slowdown while recorded\n", "Time per step while recorded / without the recorder (mean of before and after), of the same process. Where the target has a "
+            "core of its own (all but threads), the time in which another load of the machine kept it from that core is left out.\n",
             by_workload(cells, slowdown, variants.TITLES),
-            "CPU time of the target per step, while recorded / before. It leaves out all waiting, also for the recorder.\n",
+            "CPU time of the target per step, likewise. It leaves out all waiting, also for the recorder.\n",
             by_workload(cells, cpu, variants.TITLES)]
     share = added_share(cells)
     if share:

@@ -186,7 +186,7 @@ impl ChunkEncoder {
         let finder =
             if shape.class() == class::ALLOCATION { &mut self.allocated } else { &mut self.given_back };
         finder.put(address, number);
-        self.predictor.tell(shape, address, place);
+        self.predictor.tell(shape, address, place, as_expected);
     }
 
     fn shape(&mut self, shape: Shape, expected: &Expected) {

@@ -194,6 +194,7 @@ impl Predictor {
     }
 
     /// The next event. What no event looks like, where there is nothing to go by.
+    #[inline]
     pub(super) fn expected(&self) -> Expected {
         let kept = match self.following {
             Some(at) => self.history[at as usize % EXPECTED_EVENTS],
@@ -229,9 +230,10 @@ impl Predictor {
         if class == class::ALLOCATION { &self.given_back } else { &self.allocated }
     }
 
-    /// What came. `place` is how its address was told, where that may come again.
-    pub(super) fn tell(&mut self, shape: Shape, address: u64, place: Option<Place>) {
-        let as_expected = self.expected().shape == shape;
+    /// What came. `place` is how its address was told, where that may come again; `as_expected`, whether the shape is that
+    /// of [`Self::expected`].
+    pub(super) fn tell(&mut self, shape: Shape, address: u64, place: Option<Place>, as_expected: bool) {
+        debug_assert_eq!(as_expected, self.expected().shape == shape);
         let is_allocation = shape.class() == class::ALLOCATION;
         let context = if is_allocation { self.enter(shape) } else { 0 };
         let kept = Kept::new(shape, place, context);

@@ -12,7 +12,9 @@ use crate::addr::RemoteAddr;
 use std::ops::Range;
 
 pub(super) struct ChunkDecoder {
-    columns: Option<Columns>,
+    columns: Columns,
+    /// Whether the columns of this chunk are known.
+    entered: bool,
     /// Events as expected that come before the next byte of the control column.
     run: u8,
     predictor: Predictor,
@@ -26,6 +28,7 @@ pub(super) struct ChunkDecoder {
 }
 
 /// What is left of each column, as bytes of the chunk.
+#[derive(Default)]
 struct Columns {
     stacks: Range<usize>,
     sizes: Range<usize>,
@@ -58,7 +61,8 @@ fn number(raw: &[u8], column: &mut Range<usize>) -> Result<u64, Broken> {
 impl ChunkDecoder {
     pub(super) fn new(sampled: bool) -> Self {
         Self {
-            columns: None,
+            columns: Columns::default(),
+            entered: false,
             run: 0,
             predictor: Predictor::new(),
             interval: 0,
@@ -70,7 +74,7 @@ impl ChunkDecoder {
 
     /// Starts the next chunk.
     pub(super) fn reset(&mut self) {
-        self.columns = None;
+        self.entered = false;
         self.run = 0;
         self.predictor.reset();
         (self.interval, self.time) = (0, 0);
@@ -83,26 +87,21 @@ impl ChunkDecoder {
             self.run -= 1;
             return self.as_expected(tables).map(Some);
         }
-        let mut columns = match self.columns.take() {
-            Some(columns) => columns,
-            None => Columns::find(raw).ok_or("its columns do not fit into it")?,
-        };
-        let mut record = None;
-        while record.is_none() && !columns.control.is_empty() {
-            record = self.record(raw, &mut columns, tables)?;
+        if !self.entered {
+            self.columns = Columns::find(raw).ok_or("its columns do not fit into it")?;
+            self.entered = true;
         }
-        self.columns = Some(columns);
-        Ok(record)
+        while !self.columns.control.is_empty() {
+            if let Some(record) = self.record(raw, tables)? {
+                return Ok(Some(record));
+            }
+        }
+        Ok(None)
     }
 
     /// What the next byte of the control column begins. `None` for a record that only sets state.
-    fn record(
-        &mut self,
-        raw: &[u8],
-        columns: &mut Columns,
-        tables: &mut StackTable,
-    ) -> Result<Option<Record>, Broken> {
-        let mut cursor = Cursor::new(raw, columns.control.start);
+    fn record(&mut self, raw: &[u8], tables: &mut StackTable) -> Result<Option<Record>, Broken> {
+        let mut cursor = Cursor::new(raw, self.columns.control.start);
         let first = cursor.byte().ok_or(ENDED)?;
         let record = match first {
             0..control::LONGEST_RUN => {
@@ -123,21 +122,22 @@ impl ChunkDecoder {
             }
             control::EXPECTED_ELSEWHERE | control::UNMAP | control::FREE.. => {
                 let expected = self.predictor.expected();
-                let shape = shape(first, &expected, raw, columns)?;
-                Some(self.event(shape, &expected, raw, columns, tables)?)
+                let shape = shape(first, &expected, raw, &mut self.columns)?;
+                Some(self.event(shape, &expected, raw, tables)?)
             }
             control::OTHERS.. => {
                 self.records.other(first - control::OTHERS + tag::STRING, &mut cursor, tables)?
             }
         };
-        columns.control.start = cursor.position();
+        self.columns.control.start = cursor.position();
         Ok(record)
     }
 
     fn as_expected(&mut self, tables: &StackTable) -> Result<Record, Broken> {
         let Expected { shape, place } = self.predictor.expected();
         let address = place.and_then(|place| self.predictor.address(shape.class(), place));
-        self.told(shape, address.ok_or("an event is as expected where none is expected")?, place, tables)
+        let address = address.ok_or("an event is as expected where none is expected")?;
+        self.told(shape, address, place, true, tables)
     }
 
     /// An event of this shape, its address in its column.
@@ -146,25 +146,21 @@ impl ChunkDecoder {
         shape: Shape,
         expected: &Expected,
         raw: &[u8],
-        columns: &mut Columns,
         tables: &StackTable,
     ) -> Result<Record, Broken> {
-        let place = match number(raw, &mut columns.addresses)? {
+        let as_expected = shape == expected.shape;
+        let place = match number(raw, &mut self.columns.addresses)? {
             place::BYTES => {
-                let delta = number(raw, &mut columns.addresses).map(unzigzag)?;
+                let delta = number(raw, &mut self.columns.addresses).map(unzigzag)?;
                 let address = self.predictor.last_address().wrapping_add(delta as u64);
-                return self.told(shape, address, None, tables);
+                return self.told(shape, address, None, as_expected, tables);
             }
             place::EXPECTED => expected.place,
             number => Place::of(number),
         };
         let address = place.and_then(|place| self.predictor.address(shape.class(), place));
-        self.told(
-            shape,
-            address.ok_or("an event names an address that its chunk does not have")?,
-            place,
-            tables,
-        )
+        let address = address.ok_or("an event names an address that its chunk does not have")?;
+        self.told(shape, address, place, as_expected, tables)
     }
 
     fn told(
@@ -172,12 +168,13 @@ impl ChunkDecoder {
         shape: Shape,
         address: u64,
         place: Option<Place>,
+        as_expected: bool,
         tables: &StackTable,
     ) -> Result<Record, Broken> {
         if self.predictor.count() == CHUNK_EVENTS {
             return Err("it has more events than a chunk may have");
         }
-        self.predictor.tell(shape, address, place);
+        self.predictor.tell(shape, address, place, as_expected);
         let (tid, address) = (self.records.tid()?, RemoteAddr(address));
         Ok(match shape.class() {
             class::ALLOCATION => {
