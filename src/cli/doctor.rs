@@ -191,7 +191,9 @@ fn about_memory(page: &mut Page, examined: &Examined, kind: ProbeKind) -> Result
     let jump = (kind == ProbeKind::Jump).then(JumpOptions::samples);
     let added = size(room::needed(examined, jump.as_ref())?);
     let left = match room::tightest(examined.pid) {
-        Some(room) => format!("{} left of {} in {}", size(room.left()), size(room.limit), room.group.display()),
+        Some(room) => {
+            format!("{} left of {} in {}", size(room.left()), size(room.limit), room.group.display())
+        }
         None => "no limit on the process".into(),
     };
     page.line("memory", format!("recording adds up to {added}; {}", printable(&left)));

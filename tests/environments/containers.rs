@@ -279,7 +279,7 @@ fn a_user_and_its_own_user_namespace() {
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let binary = folder.path().join("heaptap");
     fs::copy(heaptap().get_program(), &binary).unwrap();
-    let reachable = [&USER[..], &["test", "-r", env!("CARGO_MANIFEST_DIR")]].concat();
+    let reachable = [USER, &["test", "-r", env!("CARGO_MANIFEST_DIR")]].concat();
     if !Command::new(reachable[0]).args(&reachable[1..]).status().is_ok_and(|status| status.success()) {
         return skipped("a user's own processes: the repository is not readable for others");
     }
