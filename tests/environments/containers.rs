@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -49,14 +49,18 @@ fn a_few_libcs(python: &Python, kind: Kind) -> bool {
 fn seen_inside(target: &Target) -> BTreeMap<String, Vec<String>> {
     let process = format!("/proc/{}", target.pid());
     let mut seen = BTreeMap::new();
-    for folder in ["fd", "root", "root/tmp", "root/run", "root/dev/shm"] {
+    // In a root that is the host's own, what others put there meanwhile is not ours.
+    let inode = |path: &str| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    let own_root = inode(&format!("{process}/root")) != inode("/");
+    let folders = ["fd", "root", "root/tmp", "root/run", "root/dev/shm"];
+    for folder in &folders[..if own_root { folders.len() } else { 1 }] {
         let entries = fs::read_dir(format!("{process}/{folder}")).into_iter().flatten().flatten();
-        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-        // Fixtures of tests that run beside this one, and other things of the host where it is the same /tmp.
-        let mut names: Vec<_> = names.filter(|name| folder == "fd" || name.contains("heaptap")).collect();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        // Of tests that run beside this one, in the same root.
         names.retain(|name| !name.starts_with("heaptap-fixtures-"));
         names.sort();
-        seen.insert(folder.to_owned(), names);
+        seen.insert((*folder).to_owned(), names);
     }
     for table in ["net/unix", "net/tcp", "net/netlink"] {
         let text = fs::read_to_string(format!("{process}/{table}")).unwrap_or_default();
