@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 # Run by an environment's own python: what is not as the RECORDs say, and packages that are missing. The RECORDs are read here
 # since importlib.metadata leaves out missing files from 3.12 on.
@@ -78,6 +79,10 @@ def environment(python, folder, packages, options=()):
         fcntl.flock(lock, fcntl.LOCK_EX)
         is_there = read(sign) == wanted
         damage = damage_of(inside, packages) if is_there else []
+        if damage:
+            # A program may run from it: it goes only if a second look finds the same.
+            time.sleep(1)
+            damage = [line for line in damage_of(inside, packages) if line in damage]
         if damage:
             print("%s is damaged and made anew: %s" % (folder, "; ".join(damage[:5])), file=sys.stderr)
         if damage or not is_there:

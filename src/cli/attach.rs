@@ -3,6 +3,7 @@
 use super::parse::{parse_duration, parse_percent, parse_pid, parse_size};
 use super::view::to_stdout;
 use super::{events, log};
+use crate::capture::Counters;
 use crate::error::Error;
 use crate::recorder::examine::Examined;
 use crate::recorder::plant::JumpOptions;
@@ -238,14 +239,7 @@ impl Observer for Console {
 fn print_summary(summary: &Summary, options: &RecordOptions, out: &mut dyn Write) -> io::Result<()> {
     let c = &summary.counters;
     writeln!(out, "recorded process {} for {}", options.pid, duration(summary.elapsed.as_nanos() as u64))?;
-    writeln!(
-        out,
-        "  {}, {}, {} of blocks from before, {}",
-        counted(c.allocations, "allocation"),
-        counted(c.frees, "free"),
-        counted(c.frees_from_before, "free"),
-        counted(c.drops, "drop")
-    )?;
+    writeln!(out, "  {}", counts(c))?;
     writeln!(
         out,
         "  peak {} live; {} in {} not freed by the end",
@@ -279,6 +273,24 @@ fn print_summary(summary: &Summary, options: &RecordOptions, out: &mut dyn Write
         printable(&path),
         bytes(summary.file_bytes),
         printable(&summary.reason.text())
+    )
+}
+
+/// What was recorded. Samples are not all there was, nor are the frees that are seen with them.
+fn counts(c: &Counters) -> String {
+    let drops = counted(c.drops, "drop");
+    if c.samples == 0 {
+        let (given, back) = (counted(c.allocations, "allocation"), counted(c.frees, "free"));
+        return format!(
+            "{given}, {back}, {} of blocks from before, {drops}",
+            counted(c.frees_from_before, "free")
+        );
+    }
+    let mappings = counted(c.allocations.saturating_sub(c.samples), "mapping");
+    format!(
+        "{} and {mappings}, {} of samples, {drops}",
+        counted(c.samples, "sample"),
+        counted(c.frees, "free")
     )
 }
 

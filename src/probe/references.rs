@@ -101,7 +101,9 @@ fn stacks(inferior: &Inferior) -> Result<Vec<(i32, u64)>, TraceError> {
 }
 
 /// Whether a stopped thread has a copy in a vector register (tables are copied by them) or near the top of its stack, where
-/// also the registers are that a signal handler has interrupted. (Its general registers the caller has looked at.)
+/// also the registers are that a signal handler has interrupted. (Its general registers the caller has looked at.) A copy is of
+/// a whole table, so that two of the words stand side by side: one alone is what an earlier call has left in a frame that is in use again
+/// (unoptimised builds leave many), and nobody reads it.
 fn at_hand(inferior: &Inferior, thunks: &[u64]) -> Result<bool, ProbeError> {
     let maps = mappings(inferior.pid())?;
     let wanted = Words::new(thunks);
@@ -114,7 +116,9 @@ fn at_hand(inferior: &Inferior, thunks: &[u64]) -> Result<bool, ProbeError> {
         let from = RemoteAddr((rsp.saturating_sub(RED_ZONE)) & !7);
         let mapping = maps.iter().find(|m| m.contains(from));
         let end = mapping.map_or(from.0, |m| m.end.0.min(rsp.saturating_add(NEAR)));
-        if wanted.are_in(&vectors) || holds(inferior.memory(), (from.0, end), &wanted) {
+        // What can't be read, the thread can't read either.
+        let stack = inferior.memory().read_vec(from, end.saturating_sub(from.0) as usize).unwrap_or_default();
+        if wanted.are_side_by_side_in(&vectors) || wanted.are_side_by_side_in(&stack) {
             return Ok(true);
         }
     }
@@ -140,7 +144,25 @@ impl<'a> Words<'a> {
         bytes.chunks(512).any(|block| {
             let near = |w: &[u8]| word(w).wrapping_sub(self.first) <= self.span;
             block.chunks_exact(8).fold(false, |any, w| any | near(w))
-                && block.chunks_exact(8).any(|w| self.all.contains(&word(w)))
+                && (self.are_side_by_side_in(block)
+                    || self.has_lone() && block.chunks_exact(8).any(|w| self.all.contains(&word(w))))
+        })
+    }
+}
+
+impl Words<'_> {
+    /// Tables are of four functions, and a copy of one has at least two of them side by side, however it is cut. A word beside the
+    /// tables' may be kept alone.
+    fn has_lone(&self) -> bool {
+        !self.all.len().is_multiple_of(4)
+    }
+
+    fn are_side_by_side_in(&self, bytes: &[u8]) -> bool {
+        let mut before = false;
+        bytes.chunks_exact(8).any(|w| {
+            let word = u64::from_le_bytes(w.try_into().unwrap_or_default());
+            let is_one = self.all.contains(&word);
+            std::mem::replace(&mut before, is_one) && is_one
         })
     }
 }
@@ -287,6 +309,16 @@ mod tests {
         assert_eq!(without((0, far), &[5 * NEAR, 5 * NEAR]), around);
         assert_eq!(without((0, far), &[8, far - 8]), [(NEAR + 8, far - NEAR - 8)]);
         assert!(without((0, NEAR), &[8]).is_empty());
+    }
+
+    #[test]
+    fn a_copy_of_a_table_is_two_words_side_by_side() {
+        let thunks = [0x7000_0010, 0x7000_0040, 0x7000_0070, 0x7000_00a0];
+        let wanted = Words::new(&thunks);
+        let bytes = |words: &[u64]| words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>();
+        assert!(wanted.are_side_by_side_in(&bytes(&[1, 0x7000_0010, 0x7000_0040, 2])));
+        assert!(!wanted.are_side_by_side_in(&bytes(&[0x7000_0010, 1, 0x7000_0040, 2, 0x7000_0070])));
+        assert!(!wanted.are_side_by_side_in(&bytes(&[1, 2, 0x7000_0018, 0x7000_0048])));
     }
 
     /// A large reservation of which one page was written: the rest is not there after the search either.

@@ -149,7 +149,8 @@ mod tests {
         words[offset_of!(State, in_agent) / 8] = 4;
         for n in 0..10 {
             let slot = (offset_of!(State, slots) + n * size_of::<Slot>()) / 8;
-            words[slot + offset_of!(Slot, key) / 8] = u64::from(n != 5);
+            // 1 is a tombstone.
+            words[slot + offset_of!(Slot, key) / 8] = 2 * u64::from(n != 5);
             words[slot + offset_of!(Slot, spent) / 8] = 100;
         }
         let state = RemoteAddr(words.as_ptr() as u64);
