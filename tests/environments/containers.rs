@@ -49,7 +49,7 @@ fn a_few_libcs(python: &Python, kind: Kind) -> bool {
 fn seen_inside(target: &Target) -> BTreeMap<String, Vec<String>> {
     let process = format!("/proc/{}", target.pid());
     let mut seen = BTreeMap::new();
-    // In a root that is the host's own, what others put there meanwhile is not ours.
+    // In a root and a network that are the host's own, what others put there meanwhile is not ours.
     let inode = |path: &str| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
     let own_root = inode(&format!("{process}/root")) != inode("/");
     let folders = ["fd", "root", "root/tmp", "root/run", "root/dev/shm"];
@@ -62,9 +62,11 @@ fn seen_inside(target: &Target) -> BTreeMap<String, Vec<String>> {
         names.sort();
         seen.insert((*folder).to_owned(), names);
     }
-    for table in ["net/unix", "net/tcp", "net/netlink"] {
+    let namespace = |who: &str| fs::read_link(format!("{who}/ns/net")).ok();
+    let own_network = namespace(&process) != namespace("/proc/self");
+    for table in ["net/unix", "net/tcp", "net/netlink"].iter().filter(|_| own_network) {
         let text = fs::read_to_string(format!("{process}/{table}")).unwrap_or_default();
-        seen.insert(table.to_owned(), text.lines().skip(1).map(str::to_owned).collect());
+        seen.insert((*table).to_owned(), text.lines().skip(1).map(str::to_owned).collect());
     }
     seen
 }
