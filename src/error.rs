@@ -170,6 +170,7 @@ fn record_exit(error: &RecordError) -> Exit {
         | RecordError::Allocators(_)
         | RecordError::CodeDealloc(_)
         | RecordError::NotRecordable { .. }
+        | RecordError::NoRoom { .. }
         | RecordError::Probe(_) => Exit::Refused,
     }
 }
@@ -177,6 +178,10 @@ fn record_exit(error: &RecordError) -> Exit {
 fn record_hint(error: &RecordError) -> Option<String> {
     match error {
         RecordError::Attach(error) => attach_hint(error),
+        RecordError::NoRoom { exact: true, .. } => Some(
+            "record samples (without --exact), which takes less; or raise the group's limit while you record".into(),
+        ),
+        RecordError::NoRoom { .. } => Some("raise the group's limit while you record".into()),
         RecordError::Capture(error) => error.hint().map(str::to_string),
         RecordError::Probe(error) => probe_hint(error),
         RecordError::Layout(_) => {
@@ -212,9 +217,27 @@ fn record_hint(error: &RecordError) -> Option<String> {
 fn attach_hint(error: &AttachError) -> Option<String> {
     match error {
         AttachError::NoProcess { .. } => Some("check the pid: `pgrep -af python` lists Python processes".into()),
+        AttachError::Hidden { .. } => Some(
+            "run heaptap as root, as the user of the process, or in the group that /proc's mount option gid= names".into(),
+        ),
+        AttachError::NoProc => Some("mount it first: mount -t proc proc /proc".into()),
+        AttachError::ForeignProc => Some(
+            "enter the namespaces together (nsenter --target PID --all), or mount /proc anew for this one \
+             (unshare --pid --fork --mount-proc)"
+                .into(),
+        ),
         AttachError::IsThread { pid, .. } => Some(format!("attach to the process: --pid {pid}")),
-        AttachError::NotPermitted { ptrace_scope, .. } => Some(match ptrace_scope {
+        AttachError::NotPermitted { ptrace_scope, owner, .. } => Some(match ptrace_scope {
             Some(3) => "kernel.yama.ptrace_scope is 3: no process may be traced until the next boot".into(),
+            // CAP_DAC_OVERRIDE is 1.
+            _ if effective_capabilities().is_some_and(|caps| caps & (1 << 19) != 0 && caps & (1 << 1) == 0)
+                && *owner != nix::unistd::geteuid().as_raw() =>
+            {
+                format!(
+                    "heaptap has CAP_SYS_PTRACE, but the memory of a process belongs to its user: run heaptap as user {owner}, \
+                     or give it CAP_DAC_OVERRIDE as well"
+                )
+            }
             // capability.h: CAP_SYS_PTRACE is 19.
             _ if effective_capabilities().is_some_and(|caps| caps & (1 << 19) != 0) => {
                 "heaptap has CAP_SYS_PTRACE, so the process belongs to another user namespace (the host's, where heaptap \
@@ -250,6 +273,10 @@ fn probe_hint(error: &ProbeError) -> Option<String> {
         }
         ProbeError::Seccomp { .. } => Some("run heaptap as root (CAP_SYS_ADMIN) to suspend the filter".into()),
         ProbeError::NoDetour { .. } => Some("record it with --breakpoints trap, which is much slower".into()),
+        ProbeError::NoAllocator { .. } => Some(
+            "`heaptap doctor --pid PID` shows what was found; where a warning says that a library was left out, run heaptap as root"
+                .into(),
+        ),
         ProbeError::ControllerAlive { controller, .. } => Some(format!("end it first: kill -INT {controller}")),
         _ => None,
     }

@@ -36,6 +36,9 @@ pub enum EndReason {
     TargetKilled {
         /// `SIGKILL`, …
         signal: String,
+        /// By the kernel's OOM killer, as far as its control group's count tells.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        out_of_memory: bool,
     },
     /// The target ended, and nobody told how.
     TargetGone,
@@ -62,7 +65,12 @@ impl EndReason {
             Self::Duration => "the duration was over".to_owned(),
             Self::Interrupted { signal } => format!("interrupted by {signal}"),
             Self::TargetExited { code } => format!("the target exited with code {code}"),
-            Self::TargetKilled { signal } => format!("the target was killed by {signal}"),
+            Self::TargetKilled { signal, out_of_memory: false } => {
+                format!("the target was killed by {signal}")
+            }
+            Self::TargetKilled { signal, out_of_memory: true } => format!(
+                "the target was killed by {signal}: the kernel's OOM killer, for its control group had no memory left"
+            ),
             Self::TargetGone => "the target ended".to_owned(),
             Self::TargetExec { path } => format!("the target executed {path}"),
             Self::ControllerError { message } => format!("heaptap failed: {message}"),

@@ -2,6 +2,7 @@
 
 use super::parse::{parse_duration, parse_percent, parse_pid, parse_size};
 use super::view::to_stdout;
+use super::{events, log};
 use crate::capture::Counters;
 use crate::error::Error;
 use crate::recorder::examine::Examined;
@@ -131,7 +132,17 @@ pub fn run(args: &AttachArgs) -> Result<(), Error> {
     let mut console = Console::new(&options, args.quiet);
     let summary = record(&options, &mut console)?;
     console.finish();
-    to_stdout(|out, _| Ok(print_summary(&summary, &options, out).map_err(ReportError::from)?))?;
+    if log::is_json() {
+        events::ended(&summary, &options);
+    } else {
+        // The capture is written. Where nobody listens any more (a terminal that has gone) there is nobody to complain to.
+        let told = to_stdout(|out, _| Ok(print_summary(&summary, &options, out).map_err(ReportError::from)?));
+        if let Err(error) = told
+            && !error.is_broken_pipe()
+        {
+            tracing::warn!("the summary of the recording could not be printed: {error}");
+        }
+    }
     match summary.failed {
         Some(message) => Err(Error::RecordingFailed { message, capture: options.output }),
         None => Ok(()),
@@ -145,11 +156,12 @@ pub(super) struct Console {
     /// Which breakpoints, and whether all events are recorded.
     how: String,
     target: String,
+    pid: i32,
 }
 
 impl Console {
     pub(super) fn new(options: &RecordOptions, quiet: bool) -> Self {
-        let terminal = std::io::stderr().is_terminal();
+        let terminal = std::io::stderr().is_terminal() && !log::is_json();
         let bar = if quiet || !terminal { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
         if let Ok(style) = ProgressStyle::with_template("{msg}") {
             bar.set_style(style);
@@ -160,7 +172,8 @@ impl Console {
             Some(jump) if jump.exact => "jump breakpoints, every event".into(),
             Some(jump) => format!("jump breakpoints, one sample in {}", bytes(jump.sample)),
         };
-        Self { bar, line_due, how, target: printable(&options.output.to_string_lossy()).into_owned() }
+        let target = printable(&options.output.to_string_lossy()).into_owned();
+        Self { bar, line_due, how, target, pid: options.pid }
     }
 
     /// Takes the line of progress away.
@@ -171,6 +184,9 @@ impl Console {
 
 impl Observer for Console {
     fn recording(&mut self, examined: &Examined) {
+        if log::is_json() {
+            return events::recording(examined, &self.how, &self.target);
+        }
         let breakpoints = examined.plan.entries.len() + examined.plan.words.len();
         // Scripts wait for this line. One that has closed the pipe wants the capture all the same, and the
         // target holds our breakpoints now: that nobody listens is no reason to end.
@@ -210,7 +226,11 @@ impl Observer for Console {
             self.bar.tick();
         }
         if self.line_due.is_some_and(|due| Instant::now() >= due) {
-            let _ = writeln!(io::stderr(), "{}", line());
+            if log::is_json() {
+                events::progress(&progress, self.pid);
+            } else {
+                let _ = writeln!(io::stderr(), "{}", line());
+            }
             self.line_due = Some(Instant::now() + LINE_EVERY);
         }
     }
@@ -218,13 +238,7 @@ impl Observer for Console {
 
 fn print_summary(summary: &Summary, options: &RecordOptions, out: &mut dyn Write) -> io::Result<()> {
     let c = &summary.counters;
-    writeln!(
-        out,
-        "recorded process {} for {}; ended: {}",
-        options.pid,
-        duration(summary.elapsed.as_nanos() as u64),
-        printable(&summary.reason.text())
-    )?;
+    writeln!(out, "recorded process {} for {}", options.pid, duration(summary.elapsed.as_nanos() as u64))?;
     writeln!(out, "  {}", counts(c))?;
     writeln!(
         out,
@@ -253,7 +267,13 @@ fn print_summary(summary: &Summary, options: &RecordOptions, out: &mut dyn Write
         writeln!(out, "  they do nothing; `heaptap detach --pid {}` removes them later", options.pid)?;
     }
     let path = options.output.to_string_lossy();
-    writeln!(out, "wrote {} ({})", printable(&path), bytes(summary.file_bytes))
+    writeln!(
+        out,
+        "wrote {} ({}); ended: {}",
+        printable(&path),
+        bytes(summary.file_bytes),
+        printable(&summary.reason.text())
+    )
 }
 
 /// What was recorded. Samples are not all there was, nor are the frees that are seen with them.

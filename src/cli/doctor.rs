@@ -14,8 +14,10 @@ use crate::probe::plan::EntryPoint;
 use crate::recorder::RecordError;
 use crate::recorder::examine::{Examined, Kind as ProbeKind, examine};
 use crate::recorder::header::{command_line, executable};
+use crate::recorder::plant::JumpOptions;
+use crate::recorder::room;
 use crate::report::ReportError;
-use crate::report::text::{counted, escaped as printable};
+use crate::report::text::{counted, escaped as printable, size};
 use clap::Args;
 use std::collections::BTreeMap;
 
@@ -78,6 +80,7 @@ fn look(args: &DoctorArgs, page: &mut Page) -> Result<(), Error> {
         examine(args.pid, args.breakpoints.into(), args.python_allocators).map_err(Error::Record)?;
     about_python(page, &examined);
     about_allocators(page, &examined, args.breakpoints.into());
+    about_memory(page, &examined, args.breakpoints.into())?;
     about_self_test(page, &examined)?;
     Ok(check(&examined, args.breakpoints.into())?)
 }
@@ -183,6 +186,20 @@ fn about_allocators(page: &mut Page, examined: &Examined, kind: ProbeKind) {
     }
 }
 
+/// What recording adds (samples, where jumps are planned), and what there is room for.
+fn about_memory(page: &mut Page, examined: &Examined, kind: ProbeKind) -> Result<(), RecordError> {
+    let jump = (kind == ProbeKind::Jump).then(JumpOptions::samples);
+    let added = size(room::needed(examined, jump.as_ref())?);
+    let left = match room::tightest(examined.pid) {
+        Some(room) => {
+            format!("{} left of {} in {}", size(room.left()), size(room.limit), room.group.display())
+        }
+        None => "no limit on the process".into(),
+    };
+    page.line("memory", format!("recording adds up to {added}; {}", printable(&left)));
+    Ok(())
+}
+
 /// Where in a function its jump goes, or why none does.
 fn jump_place(entry: &EntryPoint) -> String {
     match Detour::plan(entry) {
@@ -216,6 +233,7 @@ fn about_self_test(page: &mut Page, examined: &Examined) -> Result<(), RecordErr
 /// What `attach` would refuse.
 fn check(examined: &Examined, kind: ProbeKind) -> Result<(), RecordError> {
     examined.check_recordable(kind, false)?;
+    room::check(examined, (kind == ProbeKind::Jump).then(JumpOptions::samples).as_ref())?;
     if let Some(alive) = examined.stale.iter().find(|s| s.controller_lives()) {
         return Err(ProbeError::ControllerAlive { pid: examined.pid, controller: alive.controller.0 }.into());
     }

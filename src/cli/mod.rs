@@ -10,7 +10,9 @@ mod demo;
 mod detach;
 mod doctor;
 mod dump;
+mod events;
 mod flamegraph;
+mod log;
 mod parse;
 mod stacks;
 mod stats;
@@ -40,6 +42,8 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 the target was refused.";
 #[derive(Parser)]
 #[command(name = "heaptap", version, after_help = EXAMPLES, help_expected = true, max_term_width = 110)]
 pub struct Cli {
+    #[command(flatten)]
+    log: log::LogArgs,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -81,10 +85,14 @@ impl Cli {
 /// Parses the command line, runs the verb, prints an error and its hint.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
-    log();
+    log::start(&cli.log);
     let exit = match cli.run() {
         Ok(()) => Exit::Done,
         Err(error) if error.is_broken_pipe() => Exit::Done,
+        Err(error) if log::is_json() => {
+            events::failed(&error, &causes(&error));
+            error.exit()
+        }
         Err(error) => {
             // If stderr is gone too there is nobody left to tell.
             let mut stderr = std::io::stderr().lock();
@@ -116,17 +124,6 @@ fn causes(error: &Error) -> Vec<String> {
         source = cause.source();
     }
     causes
-}
-
-/// Logs to stderr: warnings, and more where HEAPTAP_LOG asks for it (`HEAPTAP_LOG=debug`).
-fn log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("HEAPTAP_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .without_time()
-        .try_init();
 }
 
 #[cfg(test)]

@@ -34,9 +34,10 @@ pub enum ImageError {
         #[source]
         source: std::io::Error,
     },
-    /// The file that could be opened is not the one that is mapped.
+    /// The files that could be opened are not the one that is mapped.
     #[error(
-        "{path} is not the file that process {pid} has mapped: it was replaced after the process started, and the mapped one cannot be opened without root"
+        "{path} is not the file that process {pid} has mapped: it was replaced after the process started, and the mapped one can be \
+         opened by root alone (CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE)"
     )]
     Replaced {
         /// The process.
@@ -286,10 +287,40 @@ impl ElfFile {
 
     /// The build id (`NT_GNU_BUILD_ID`), lower-case hexadecimal.
     pub fn build_id(&self) -> Option<String> {
+        self.notes_with_build_id().map(|(_, id)| id)
+    }
+
+    /// Where the notes lie that have the build id among them: offset and bytes.
+    pub fn build_id_part(&self) -> Option<(u64, u64)> {
+        self.notes_with_build_id().map(|(part, _)| part)
+    }
+
+    fn notes_with_build_id(&self) -> Option<((u64, u64), String)> {
         self.program_headers.iter().filter(|p| p.p_type == program_header::PT_NOTE).find_map(|p| {
-            let notes = self.read(p.p_offset, p.p_filesz.min(1 << 16)).ok()?;
-            build_id_in(&notes)
+            let part = (p.p_offset, p.p_filesz.min(1 << 16));
+            Some((part, build_id_in(&self.read(part.0, part.1).ok()?)?))
         })
+    }
+
+    /// Where the file's own header and its program headers lie: offset and bytes of each.
+    pub fn header_parts(&self) -> [(u64, u64); 2] {
+        [(0, 64), (self.header.e_phoff, u64::from(self.header.e_phnum) * 56)]
+    }
+
+    /// Bytes of the file.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// True for a file of no bytes (none is ELF).
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Its inode number, as its file system shows it.
+    pub fn inode(&self) -> Option<u64> {
+        use std::os::unix::fs::MetadataExt;
+        self.file.metadata().ok().map(|m| m.ino())
     }
 
     /// The sections, in the file's order; empty if it has none or they are damaged.

@@ -7,6 +7,7 @@ pub mod elf;
 pub mod function_starts;
 pub mod libc;
 mod link_map;
+mod mapped_file;
 
 pub use elf::{ImageError, Section, Segment, Symbol, SymbolKind};
 pub use libc::{Libc, LibcKind, libc_of};
@@ -15,7 +16,6 @@ use crate::addr::{Bias, ImageAddr, RemoteAddr};
 use crate::mapping::{Backing, Mapping, Perms};
 use crate::memory::RemoteMemory;
 use elf::ElfFile;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 const PAGE: u64 = 4096;
@@ -137,14 +137,20 @@ impl Module {
 /// A mapped file that can't be used for a reason of its own (not ELF, damaged, vanished) is left out and logged; a
 /// main executable that can't be used is an error, for then nothing is known of the process.
 pub fn modules(pid: i32, maps: &[Mapping], memory: &dyn RemoteMemory) -> Result<Vec<Module>, ImageError> {
-    let exe = executable_identity(pid);
+    let exe = mapped_file::executable(pid);
     let mut found = Vec::new();
     for group in groups(maps) {
-        let is_exe = exe.is_some_and(|(inode, _)| inode == group[0].inode);
+        let is_exe = exe.as_ref().is_some_and(|(exe, gone)| {
+            matches!(&group[0].backing, Backing::File { path, deleted } if path == exe && deleted == gone)
+        });
         match open_module(pid, &group, is_exe, memory) {
             Ok(Some(module)) => found.push((module, is_exe)),
             Ok(None) => {}
             Err(error) if is_exe => return Err(error),
+            // It may define an allocator function for all we know; what has no name never does.
+            Err(error @ (ImageError::Open { .. } | ImageError::Replaced { .. })) if is_on_disk(group[0]) => {
+                tracing::warn!("left out: {error}");
+            }
             Err(error) => tracing::debug!(%error, "mapped file left out"),
         }
     }
@@ -161,11 +167,8 @@ pub fn modules(pid: i32, maps: &[Mapping], memory: &dyn RemoteMemory) -> Result<
     Ok(found.into_iter().map(|(module, _)| module).collect())
 }
 
-/// Inode and device of `/proc/PID/exe`, which needs no rights to the directories above it.
-fn executable_identity(pid: i32) -> Option<(u64, u64)> {
-    use std::os::unix::fs::MetadataExt;
-    let metadata = std::fs::metadata(format!("/proc/{pid}/exe")).ok()?;
-    Some((metadata.ino(), metadata.dev()))
+fn is_on_disk(map: &Mapping) -> bool {
+    matches!(&map.backing, Backing::File { path, .. } if !path.starts_with("/dev") && !path.to_string_lossy().starts_with("/memfd:"))
 }
 
 /// File mappings grouped into loaded copies: same file, ascending addresses, ascending offsets. A second mapping of
@@ -193,59 +196,16 @@ fn open_module(
     memory: &dyn RemoteMemory,
 ) -> Result<Option<Module>, ImageError> {
     let Backing::File { path, deleted } = &group[0].backing else { return Ok(None) };
-    let file = ElfFile::new(open_mapped(pid, group[0], path, *deleted, is_exe)?, path)?;
+    let file = mapped_file::open(pid, group, is_exe, memory)?;
     let Some(bias) = bias_of(&file, group) else {
         return Err(ImageError::Malformed {
             path: path.clone(),
             what: "no segment begins where it is mapped".into(),
         });
     };
-    // Opened by its path the file may be a newer one than the mapped: the headers in memory must be the file's.
-    let first = group[0];
-    if first.perms.read && first.offset == 0 {
-        let wanted = file.read(0, 64)?;
-        if memory.read_vec(first.start, 64).is_ok_and(|mapped| mapped != wanted) {
-            return Err(ImageError::Replaced { pid, path: path.clone() });
-        }
-    }
     let ranges =
         group.iter().map(|m| MappedRange { start: m.start, end: m.end, perms: m.perms, offset: m.offset });
     Ok(Some(Module { path: path.clone(), deleted: *deleted, bias, ranges: ranges.collect(), file }))
-}
-
-/// Opens the very file that is mapped: by its mapping (needs CAP_CHECKPOINT_RESTORE, works for deleted files and every
-/// namespace), by `/proc/PID/exe`, by its path below the target's root, by its path.
-fn open_mapped(
-    pid: i32,
-    map: &Mapping,
-    path: &Path,
-    deleted: bool,
-    is_exe: bool,
-) -> Result<File, ImageError> {
-    let by_mapping = format!("/proc/{pid}/map_files/{:x}-{:x}", map.start.0, map.end.0);
-    let by_root = PathBuf::from(format!("/proc/{pid}/root")).join(path.strip_prefix("/").unwrap_or(path));
-    let mut error = match File::open(by_mapping) {
-        Ok(file) => return Ok(file),
-        Err(error) => error,
-    };
-    if is_exe && let Ok(file) = File::open(format!("/proc/{pid}/exe")) {
-        return Ok(file);
-    }
-    // The path is relative to the reader's root for a chrooted target, to the target's for one in a container.
-    for candidate in [by_root.as_path(), path] {
-        match File::open(candidate) {
-            Ok(file) if !deleted && same_inode(&file, map.inode) => return Ok(file),
-            Ok(_) => error = std::io::Error::from(std::io::ErrorKind::NotFound),
-            Err(e) => error = e,
-        }
-    }
-    Err(ImageError::Open { pid, path: path.to_owned(), source: error })
-}
-
-/// Only the inode is compared: overlay and btrfs show another device in the memory map than `stat` does.
-fn same_inode(file: &File, inode: u64) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    file.metadata().is_ok_and(|m| m.ino() == inode)
 }
 
 /// The loader maps each segment from the page of its file offset to the page of its address plus the bias.

@@ -12,6 +12,18 @@ pub enum AttachError {
         /// The pid asked for.
         pid: i32,
     },
+    /// It lives, but nothing of it can be read.
+    #[error("process {pid} exists, but /proc hides it from heaptap (it is mounted with hidepid)")]
+    Hidden {
+        /// The pid asked for.
+        pid: i32,
+    },
+    /// There is no /proc to learn anything from.
+    #[error("/proc is not mounted here: all that heaptap knows of a process comes from there")]
+    NoProc,
+    /// Pids mean other processes there than for the system calls that are made of us.
+    #[error("/proc shows the processes of another pid namespace than heaptap's: it was mounted for that one")]
+    ForeignProc,
     /// `pid` is a thread, not a process.
     #[error("{tid} is a thread of process {pid}")]
     IsThread {

@@ -3,6 +3,10 @@
 use super::error::{AttachError, TraceError};
 use super::maps;
 use super::stop::StopEvent;
+use nix::errno::Errno;
+use nix::sys::signal::kill;
+use nix::sys::statfs::{PROC_SUPER_MAGIC, statfs};
+use nix::unistd::Pid;
 use procfs::ProcError;
 use procfs::process::{Process, Status};
 
@@ -87,13 +91,15 @@ pub fn check_attachable(pid: i32) -> Result<(), AttachError> {
     if pid <= 0 {
         return Err(AttachError::NoProcess { pid });
     }
-    let process = match Process::new(pid) {
-        Ok(process) => process,
-        // Also where /proc is mounted with hidepid.
-        Err(ProcError::PermissionDenied(_)) => return Err(not_permitted(pid)),
+    check_proc()?;
+    let seen = Process::new(pid).and_then(|process| Ok((process.status()?, process)));
+    let (status, process) = match seen {
+        Ok(seen) => seen,
+        // What hidepid=noaccess says of a process that is not ours to see; hidepid=invisible says nothing.
+        Err(ProcError::PermissionDenied(_)) => return Err(AttachError::Hidden { pid }),
+        Err(ProcError::NotFound(_)) if lives(pid) => return Err(AttachError::Hidden { pid }),
         Err(_) => return Err(AttachError::NoProcess { pid }),
     };
-    let Some(status) = status(pid)? else { return Err(AttachError::NoProcess { pid }) };
     if status.tgid != pid {
         return Err(AttachError::IsThread { tid: pid, pid: status.tgid });
     }
@@ -109,6 +115,24 @@ pub fn check_attachable(pid: i32) -> Result<(), AttachError> {
         return Err(already_traced(pid, status.tracerpid));
     }
     check_permitted(pid)
+}
+
+/// Whether /proc is there and means the same processes by their numbers as the kernel does for us.
+fn check_proc() -> Result<(), AttachError> {
+    let is_proc = statfs("/proc").is_ok_and(|found| found.filesystem_type() == PROC_SUPER_MAGIC);
+    if !is_proc {
+        return Err(AttachError::NoProc);
+    }
+    let myself = std::fs::read_link("/proc/self").ok();
+    match myself.and_then(|link| link.to_str()?.parse::<u32>().ok()) {
+        Some(pid) if pid == std::process::id() => Ok(()),
+        _ => Err(AttachError::ForeignProc),
+    }
+}
+
+/// Whether a process is there at all, /proc aside.
+fn lives(pid: i32) -> bool {
+    matches!(kill(Pid::from_raw(pid), None), Ok(()) | Err(Errno::EPERM))
 }
 
 pub(super) fn already_traced(pid: i32, tracer: i32) -> AttachError {

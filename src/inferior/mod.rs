@@ -9,6 +9,7 @@
 //! stopped until it is released; one that borrows its parent's memory (vfork) is a guest: it runs
 //! under trace until it executes a program or exits, for its parent can't be stopped before.
 
+pub mod cgroup;
 mod children;
 pub mod error;
 pub mod facts;

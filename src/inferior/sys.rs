@@ -300,21 +300,24 @@ extern "C" fn on_signal(signal: c_int) {
     }
 }
 
-/// Makes SIGINT, SIGTERM and SIGHUP a request to end (see [`requested_stop`]) and starts a timer whose ticks
-/// end a blocking [`wait`]. Handlers are set without SA_RESTART: a signal that comes between the check
-/// and the wait is seen at the next tick. A SIGHUP that is ignored (nohup(1)) stays ignored.
+/// Makes SIGINT and SIGTERM a request to end (see [`requested_stop`]) and starts a timer whose ticks end a blocking [`wait`].
+/// Handlers are set without SA_RESTART: a signal that comes between the check and the wait is seen at the next tick.
+///
+/// What a terminal does to us is ignored: that it goes (SIGHUP) is no reason to end, and a line of progress written from the
+/// background (SIGTTOU, `stty tostop`) may not stop us, for the agent would take us for dead.
 pub fn install_stop_signals(tick: Duration) -> Result<(), Errno> {
-    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGALRM] {
+    for (signal, handler) in [
+        (libc::SIGINT, on_signal as *const () as usize),
+        (libc::SIGTERM, on_signal as *const () as usize),
+        (libc::SIGALRM, on_signal as *const () as usize),
+        (libc::SIGHUP, libc::SIG_IGN),
+        (libc::SIGTTOU, libc::SIG_IGN),
+    ] {
         // SAFETY: an all-zero sigaction is valid; `on_signal` only stores to atomics, which is
         // async-signal-safe.
         let answer = unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
-            let asked = libc::sigaction(signal, std::ptr::null(), &raw mut action);
-            if signal == libc::SIGHUP && asked == 0 && action.sa_sigaction == libc::SIG_IGN {
-                continue;
-            }
-            action = std::mem::zeroed();
-            action.sa_sigaction = on_signal as *const () as usize;
+            action.sa_sigaction = handler;
             libc::sigaction(signal, &raw const action, std::ptr::null_mut())
         };
         Errno::result(answer)?;

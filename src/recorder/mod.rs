@@ -19,6 +19,7 @@ pub mod nap;
 pub mod plant;
 pub mod reconcile;
 pub mod record;
+pub mod room;
 pub mod source;
 mod stripes;
 pub mod target_state;
@@ -32,6 +33,7 @@ use crate::capture::CaptureError;
 use crate::cpython::allocators::AllocatorsError;
 use crate::cpython::{LayoutError, LocateError};
 use crate::image::ImageError;
+use crate::inferior::cgroup::Room;
 use crate::inferior::error::{AttachError, TraceError};
 use crate::inferior::maps::FactError;
 use crate::memory::ReadError;
@@ -65,6 +67,29 @@ pub enum RecordError {
         pid: i32,
         /// Why not.
         why: String,
+    },
+    /// Its control group has not enough memory left for what recording adds.
+    #[error(
+        "recording would add up to {} to process {pid}{}, and its control group {} has {} left (of {}, {} in use): the \
+         kernel would kill a process for it",
+        kib(*needed),
+        if *with_heaptap { " and heaptap itself, which is in the same group" } else { "" },
+        room.group.display(),
+        kib(room.left()),
+        kib(room.limit),
+        kib(room.used)
+    )]
+    NoRoom {
+        /// The process.
+        pid: i32,
+        /// Bytes that recording adds at most.
+        needed: u64,
+        /// heaptap's own memory is in that: the group is its own, too.
+        with_heaptap: bool,
+        /// Every event was to be recorded, which takes the most.
+        exact: bool,
+        /// The group.
+        room: Room,
     },
     /// The probes could not be planted or lifted.
     #[error(transparent)]
@@ -105,4 +130,8 @@ pub enum RecordError {
     /// The capture can't be written.
     #[error(transparent)]
     Capture(#[from] CaptureError),
+}
+
+fn kib(bytes: u64) -> String {
+    format!("{} KiB", bytes.div_ceil(1024))
 }

@@ -34,6 +34,15 @@ const SAMPLED_RING: u64 = 512 << 10;
 /// Rings in exact mode: twice the threads there are, within these bounds. Threads beyond share one.
 const RINGS: std::ops::RangeInclusive<usize> = 17..=257;
 
+/// Bytes of the rings that come to be touched, as far as can be told of a process with so many threads.
+pub fn ring_bytes(exact: bool, threads: usize) -> u64 {
+    if exact { exact_rings(threads).min(threads + 1) as u64 * EXACT_RING } else { SAMPLED_RING }
+}
+
+fn exact_rings(threads: usize) -> usize {
+    (2 * threads + 1).clamp(*RINGS.start(), *RINGS.end())
+}
+
 /// How the jump kind records.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct JumpOptions {
@@ -50,6 +59,11 @@ pub struct JumpOptions {
 }
 
 impl JumpOptions {
+    /// Samples, as the command line has them by default.
+    pub fn samples() -> Self {
+        Self { exact: false, max_cpu: Some(2.0), ..Self::every_event() }
+    }
+
     /// Every event, with waits as the command line has them by default.
     pub fn every_event() -> Self {
         Self { exact: true, sample: 512 << 10, seed: 1, max_wait: Duration::from_millis(50), max_cpu: None }
@@ -99,6 +113,12 @@ pub fn plant<W>(
     });
     match planted {
         Ok((rings, heart, paused, writer)) => {
+            tracing::info!(
+                pid,
+                hooks = loaded.hooks.len(),
+                ?paused,
+                "the jumps are in; nobody traces the process"
+            );
             Ok((Planted { loaded, rings, heart, settings, paused }, writer))
         }
         Err(error) => {
@@ -187,13 +207,12 @@ fn remove_stale(pid: i32, examined: &Examined) -> Result<(), RecordError> {
 
 fn settings(jump: &JumpOptions, examined: &Examined) -> Result<Settings, RecordError> {
     let threads = maps::tasks(examined.pid)?.len();
-    let exact_rings = (2 * threads + 1).clamp(*RINGS.start(), *RINGS.end());
     Ok(Settings {
         exact: jump.exact,
         interval: jump.sample,
         seed: jump.seed,
         max_wait: jump.max_wait,
-        ring_count: if jump.exact { exact_rings as u32 } else { 1 },
+        ring_count: if jump.exact { exact_rings(threads) as u32 } else { 1 },
         ring_len: if jump.exact { EXACT_RING } else { SAMPLED_RING },
         python: python_facts(&examined.python),
         tid_offset: examined.python.pthread.tid,

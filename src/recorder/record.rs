@@ -9,6 +9,7 @@ use super::examine::{Examined, Kind, examine};
 use super::header::{PAGE_SIZE, executable, header, unix_ns};
 use super::ledger::{Ledger, Tally};
 use super::plant::{self, JumpOptions};
+use super::room::{self, OomWatch};
 use super::source::{RecordSource, SourceCounts, SourceEvent, enter};
 use super::thread_names::ThreadNames;
 use super::trap::{StackReader, TrapSource};
@@ -105,6 +106,9 @@ pub fn record(options: &RecordOptions, observer: &mut dyn Observer) -> Result<Su
     let kind = if options.jump.is_some() { Kind::Jump } else { Kind::Trap };
     let examined = examine(options.pid, kind, options.python_allocators)?;
     examined.check_recordable(kind, options.unsafe_trap)?;
+    room::check(&examined, options.jump.as_ref())?;
+    let (python, libc) = (&examined.python.version, examined.libc_name());
+    tracing::info!(pid = options.pid, %python, libc, "the process is understood");
     sys::install_stop_signals(TICK).map_err(TraceError::Wait)?;
     let mut output = Output::prepare(options, header(&examined, options.jump.as_ref()))?;
     // The session is made where the attach succeeded: neither kind's source is small.
@@ -254,6 +258,7 @@ struct Session<'a, S> {
     source: S,
     ledger: Ledger,
     names: ThreadNames,
+    oom: OomWatch,
     options: &'a RecordOptions,
     examined: &'a Examined,
     start: Instant,
@@ -281,6 +286,7 @@ impl<'a, S: RecordSource> Session<'a, S> {
             source,
             ledger: Ledger::new(writer, PAGE_SIZE),
             names: ThreadNames::default(),
+            oom: OomWatch::start(options.pid),
             options,
             examined,
             start: now,
@@ -363,6 +369,7 @@ impl<'a, S: RecordSource> Session<'a, S> {
             self.names.refresh(self.options.pid, python, memory, &mut self.ledger)?;
             self.ledger.writer().flush()?;
             self.source.every_second(&mut self.ledger)?;
+            self.oom.look();
         } else if self.names.is_due(now) {
             let (python, memory) = (self.source.python(), self.source.memory());
             self.names.look_again(self.options.pid, python, memory, &mut self.ledger, now)?;
@@ -384,12 +391,12 @@ impl<'a, S: RecordSource> Session<'a, S> {
 
     /// Lets go of the target, whatever happened, then ends the capture.
     fn close(self, end: End) -> Result<Summary, RecordError> {
-        let Self { source, mut ledger, start, options, .. } = self;
+        let Self { source, mut ledger, oom, start, options, .. } = self;
         let elapsed = start.elapsed();
         let unreadable_stacks = source.unreadable_stacks();
         let (mut counts, mut failed) = (source.counts(), None);
         let (reason, leaving) = match end {
-            End::Gone(reason) => (reason, Leaving::Nothing),
+            End::Gone(reason) => (oom.explain(reason), Leaving::Nothing),
             End::Executed => (EndReason::TargetExec { path: executable(options.pid) }, Leaving::Detach),
             End::Detach(reason) => (reason, Leaving::Lift),
             End::Failed(error) => {
@@ -472,7 +479,9 @@ fn words(panic: &(dyn std::any::Any + Send)) -> String {
 fn reason(event: Option<StopEvent>) -> EndReason {
     match event {
         Some(StopEvent::Exited(code)) => EndReason::TargetExited { code },
-        Some(StopEvent::Killed(signal)) => EndReason::TargetKilled { signal: signal_name(signal) },
+        Some(StopEvent::Killed(signal)) => {
+            EndReason::TargetKilled { signal: signal_name(signal), out_of_memory: false }
+        }
         Some(_) => EndReason::Unknown,
         None => EndReason::TargetGone,
     }

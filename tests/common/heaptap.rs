@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 
 use super::Target;
 use super::dump::Dump;
-use super::target::listen;
+use super::target::{last_descendant, listen};
 
 /// How long attaching, and ending a recording, may take on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -70,12 +70,28 @@ impl Recording {
 
     /// Attaches by a heaptap that another program becomes: `["nohup"]`.
     pub fn attach_under(outer: &[&str], target: &Target, arguments: &[&str]) -> Recording {
+        Recording::try_attach_under(outer, target.pid(), arguments)
+            .unwrap_or_else(|refusal| panic!("attach: {refusal}"))
+    }
+
+    /// The same, for a heaptap to which the target may have another pid than to us.
+    pub fn try_attach_under(outer: &[&str], pid: i32, arguments: &[&str]) -> Result<Recording, String> {
         let mut command = Command::new(outer[0]);
         command.args(&outer[1..]).arg(heaptap().get_program());
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("capture.heaptap");
-        Recording::try_attach_into(command, target.pid(), path, folder, arguments)
-            .unwrap_or_else(|refusal| panic!("attach: {refusal}"))
+        Recording::try_attach_into(command, pid, path, folder, arguments)
+    }
+
+    /// By a command of the caller's that ends with a heaptap, into a file of the caller's.
+    pub fn try_attach_by(
+        command: Command,
+        pid: i32,
+        path: &Path,
+        arguments: &[&str],
+    ) -> Result<Recording, String> {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        Recording::try_attach_into(command, pid, path.to_owned(), folder, arguments)
     }
 
     /// Attaches by a heaptap that tells what it does (`HEAPTAP_LOG=debug`): in [`Capture::stderr`] in the end.
@@ -158,9 +174,9 @@ impl Recording {
         self.stop_by(Signal::SIGINT)
     }
 
-    /// Sends the recorder a signal that is a request to end.
+    /// Sends the recorder (what was started may only have started it) a signal that is a request to end.
     pub fn stop_by(self, signal: Signal) -> Capture {
-        kill(Pid::from_raw(self.pid()), signal).expect("the recorder is ours");
+        kill(Pid::from_raw(last_descendant(self.pid())), signal).expect("the recorder is ours");
         self.finish()
     }
 

@@ -127,7 +127,8 @@ fn command_under(outer: &[String], inner: Command) -> Command {
     command
 }
 
-fn last_descendant(mut pid: i32) -> i32 {
+/// The process that a chain of commands came to; the process itself where it started none.
+pub fn last_descendant(mut pid: i32) -> i32 {
     loop {
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
         match children.split_ascii_whitespace().next() {

@@ -2,12 +2,15 @@
 
 mod allocators;
 mod confined;
+mod containers;
 mod crowds;
 mod ends;
 mod libraries;
+mod memory_limits;
 mod output;
 mod places;
 mod rivals;
+mod unattended;
 mod uprobes;
 
 use std::process::Output;
