@@ -9,6 +9,7 @@ use crate::inferior::error::AttachError;
 use crate::inferior::maps::effective_capabilities;
 use crate::probe::error::ProbeError;
 use crate::recorder::RecordError;
+use crate::recorder::control::ControlError;
 use crate::report::ReportError;
 use crate::report::dump::DumpError;
 use std::io;
@@ -49,6 +50,9 @@ pub enum Error {
         /// The capture.
         capture: PathBuf,
     },
+    /// A snapshot could not be asked for.
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// A capture can't be read or written.
     #[error(transparent)]
     Capture(#[from] CaptureError),
@@ -92,6 +96,7 @@ impl Error {
             Self::Record(error) => record_exit(error),
             Self::CannotAttach { .. } => Exit::Refused,
             Self::RecordingFailed { .. }
+            | Self::Control(_)
             | Self::Capture(_)
             | Self::Report(_)
             | Self::OutputExists(_)
@@ -136,6 +141,13 @@ impl Error {
                 "what was recorded until then can be read: heaptap summary {}",
                 capture.display()
             )),
+            Self::Control(ControlError::Nobody { .. }) => Some(
+                "`heaptap attach --pid PID --snapshot-every 60s` records with snapshots; run this as the same user"
+                    .into(),
+            ),
+            Self::Control(ControlError::Unreachable { .. }) => {
+                Some("run this as the user who records it, or as root".into())
+            }
             Self::Capture(error) => error.hint().map(str::to_string),
             Self::Report(ReportError::Nothing(_)) => {
                 Some("`heaptap stats` shows what the capture holds".into())
@@ -144,7 +156,7 @@ impl Error {
             Self::OutputNotRegular(_) => Some("give the name of a file with -o, or - for stdout".into()),
             Self::Output { .. } => Some("give a path you may write to with -o".into()),
             Self::Demo { .. } => Some("install a CPython 3.8 to 3.15, or name one with --python".into()),
-            Self::Report(_) | Self::CannotAttach { .. } => None,
+            Self::Report(_) | Self::Control(_) | Self::CannotAttach { .. } => None,
         }
     }
 }

@@ -21,7 +21,7 @@ fn dumped(path: &Path) -> String {
 #[test]
 #[ignore = "makes a fixture"]
 fn write_golden_capture() {
-    script::shop_sampled(&golden(3));
+    script::shop_snapshots(&golden(4));
 }
 
 #[test]
@@ -40,6 +40,32 @@ fn version_3_is_read_record_by_record_as_when_it_was_written() {
 }
 
 #[test]
+fn version_4_is_read_record_by_record_as_when_it_was_written() {
+    insta::assert_snapshot!(dumped(&golden(4)));
+}
+
+#[test]
+fn reports_of_snapshots_alone_are_of_the_highest_and_the_last() {
+    let of = |view| analyse(CaptureReader::open(golden(4)).unwrap(), view).unwrap();
+    let (peak, leaks) = (of(View::HighWaterMark), of(View::Leaks));
+    for findings in [&peak, &leaks] {
+        let shown = findings.of_snapshot.unwrap();
+        assert!((3..=4).contains(&shown.count) && shown.shown.head.index == 5);
+        let counters = findings.trailer.as_ref().unwrap().counters;
+        assert_eq!(
+            (findings.live.bytes(), findings.live.count()),
+            (counters.live_bytes, counters.live_blocks)
+        );
+        assert_eq!(findings.peak.bytes(), counters.peak_live_bytes);
+        // 80 samples came in the cache and as many in the parser, whatever snapshots were thinned out.
+        assert_eq!((findings.statistics.allocated.samples(), findings.freed.samples()), (160, 80));
+        assert_eq!(findings.sites.len(), 2);
+    }
+    let refused = analyse(CaptureReader::open(golden(4)).unwrap(), View::Temporary(1)).err().unwrap();
+    assert!(refused.to_string().contains("no event log"));
+}
+
+#[test]
 fn what_is_written_today_means_the_same_as_the_golden_files() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("today.heaptap");
@@ -49,13 +75,16 @@ fn what_is_written_today_means_the_same_as_the_golden_files() {
     script::shop_sampled(&path);
     assert_eq!(dumped(&path), dumped(&golden(2)));
     assert_eq!(dumped(&path), dumped(&golden(3)));
+    let path = dir.path().join("snapshots.heaptap");
+    script::shop_snapshots(&path);
+    assert_eq!(dumped(&path), dumped(&golden(4)));
 }
 
 #[test]
 fn the_versions_differ_in_what_a_reader_must_know() {
     let prefix = |version| std::fs::read(golden(version)).unwrap()[8..12].to_vec();
-    let expected = [[1, 0, 0, 0], [2, 0, 0, 1], [3, 0, 0, 1]];
-    assert_eq!([prefix(1), prefix(2), prefix(3)], expected);
+    let expected = [[1, 0, 0, 0], [2, 0, 0, 1], [3, 0, 0, 1], [4, 0, 0, 3]];
+    assert_eq!([prefix(1), prefix(2), prefix(3), prefix(4)], expected);
 }
 
 fn recorder_and_analysis_agree(version: u32) {

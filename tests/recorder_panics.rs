@@ -41,6 +41,7 @@ fn panics_with(jump: Option<JumpOptions>) {
         python_allocators: false,
         unsafe_trap: false,
         jump,
+        snapshots: None,
     };
     let summary = record(&options, &mut Panics).unwrap();
     assert!(summary.failed.unwrap().contains("an observer that has had enough"));

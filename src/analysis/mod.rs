@@ -9,6 +9,7 @@ mod functions;
 mod high_water_mark;
 mod replay;
 mod site;
+mod snapshots;
 mod statistics;
 mod temporary;
 
@@ -18,5 +19,6 @@ pub use functions::{FunctionRow, functions};
 pub use high_water_mark::HighWaterMark;
 pub use replay::{Findings, Missing, Replay, Samples, View, analyse};
 pub use site::{Site, SiteTotals};
+pub use snapshots::{LiveAt, OfSnapshot};
 pub use statistics::{AllocatorTotals, LocationTotals, SizeBin, Statistics, locations};
 pub use temporary::Temporary;

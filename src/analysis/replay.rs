@@ -2,12 +2,13 @@
 
 use super::high_water_mark::HighWaterMark;
 use super::site::{Site, SiteTotals, sum};
+use super::snapshots::{FromSnapshots, OfSnapshot};
 use super::statistics::Statistics;
 use super::temporary::Temporary;
 use crate::capture::Totals;
 use crate::capture::{
-    Allocation, Block, CaptureError, CaptureReader, CutShort, Damage, Displaced, Free, Header, LiveSet, Part,
-    Record, StackTable, Trailer, Unmap,
+    Allocation, Block, CaptureError, CaptureReader, CutShort, Damage, Displaced, DropReason, Free, Header,
+    LiveSet, Part, Record, StackTable, Trailer, Unmap,
 };
 
 /// Which allocations a report is about.
@@ -27,6 +28,8 @@ pub enum View {
 pub struct Missing {
     /// Events dropped while recording.
     pub dropped: u64,
+    /// Events that the log had no room for any more; snapshots have them.
+    pub unlogged: u64,
     /// Spans without records, and how long they are together in nanoseconds.
     pub gaps: u64,
     /// Nanoseconds in gaps.
@@ -63,6 +66,8 @@ pub struct Replay {
     unmaps: u64,
     events: u64,
     time_ns: u64,
+    /// The file was full before the recording ended.
+    log_ended: bool,
 }
 
 /// Everything that a report is made from.
@@ -105,6 +110,8 @@ pub struct Findings {
     pub live: Totals,
     /// The last time in the records, in nanoseconds since the start.
     pub last_time_ns: u64,
+    /// The snapshot that all of this is from, where there is no event log, or one that ended early.
+    pub of_snapshot: Option<OfSnapshot>,
 }
 
 impl Replay {
@@ -128,6 +135,7 @@ impl Replay {
             unmaps: 0,
             events: 0,
             time_ns: 0,
+            log_ended: false,
         }
     }
 
@@ -142,6 +150,10 @@ impl Replay {
                 self.frees_from_before += 1;
             }
             Record::Time(ns) => self.time_ns = self.time_ns.max(*ns),
+            Record::Drop { count, reason: DropReason::FileFull } => {
+                self.log_ended = true;
+                self.missing.unlogged = self.missing.unlogged.saturating_add(*count);
+            }
             Record::Drop { count, .. } => {
                 self.missing.dropped = self.missing.dropped.saturating_add(*count);
             }
@@ -232,21 +244,36 @@ impl Replay {
     }
 }
 
-/// Reads a capture to its end.
+/// Reads a capture to its end. Where there is no event log, or one that ended early, the view is of a snapshot: that with most live
+/// for the high-water mark, the last one for leaks.
 pub fn analyse(mut reader: CaptureReader, view: View) -> Result<Findings, CaptureError> {
     let header = reader.header().clone();
-    let mut replay = Replay::new(view, header.page_size);
-    for record in reader.by_ref() {
-        replay.observe(&record?);
+    if header.aggregated && matches!(view, View::Temporary(_)) {
+        let what = "was freed at once";
+        return Err(CaptureError::NoEventLog { path: reader.path().to_owned(), what });
     }
-    Ok(Findings {
+    let mut replay = Replay::new(view, header.page_size);
+    let mut snapshots = FromSnapshots::default();
+    let mut last_snapshot_ns = 0;
+    while let Some(record) = reader.next() {
+        let record = record?;
+        replay.observe(&record);
+        if record == Record::Snapshot
+            && let Some(snapshot) = reader.snapshot()
+        {
+            last_snapshot_ns = snapshot.head.time_ns;
+            snapshots.take(&snapshot);
+        }
+    }
+    let has_log = !(header.aggregated || replay.log_ended && replay.temporary.is_none());
+    let findings = Findings {
         header,
         trailer: reader.trailer().cloned(),
         cut: reader.cut().cloned(),
         damage: reader.damage().clone(),
         stacks: reader.into_stacks(),
         view,
-        sites: replay.sites(),
+        sites: if has_log { replay.sites() } else { Vec::new() },
         missing: replay.missing,
         samples: replay.samples,
         events: replay.events,
@@ -257,9 +284,36 @@ pub fn analyse(mut reader: CaptureReader, view: View) -> Result<Findings, Captur
         peak: replay.peak.peak(),
         peak_time_ns: replay.peak.peak_time_ns(),
         live: replay.live(),
-        last_time_ns: replay.time_ns,
+        last_time_ns: replay.time_ns.max(last_snapshot_ns),
         statistics: replay.statistics,
-    })
+        of_snapshot: None,
+    };
+    Ok(if has_log { findings } else { by_snapshots(findings, snapshots) })
+}
+
+/// The findings with what snapshots say in place of what a replay would.
+fn by_snapshots(findings: Findings, mut snapshots: FromSnapshots) -> Findings {
+    let (peak, last) = snapshots.peak_and_last().unzip();
+    let (sites, of_snapshot) = snapshots.shown(findings.view == View::Leaks);
+    // What no snapshot has, the trailer may tell.
+    let counters = findings.trailer.as_ref().map(|trailer| trailer.counters).unwrap_or_default();
+    Findings {
+        sites,
+        of_snapshot,
+        samples: snapshots.samples(),
+        events: counters.events,
+        frees: counters.frees,
+        freed: snapshots.freed,
+        frees_from_before: counters.frees_from_before,
+        unmaps: counters.unmaps,
+        peak: peak.map(|moment| moment.live).unwrap_or_default(),
+        peak_time_ns: peak.map_or(0, |moment| moment.head.time_ns),
+        live: last.map(|moment| moment.live).unwrap_or_default(),
+        statistics: snapshots.statistics,
+        // A replay of what there was of a log is not what is shown.
+        missing: Missing { missed_frees: 0, missed_allocations: 0, ..findings.missing },
+        ..findings
+    }
 }
 
 impl Samples {

@@ -2,7 +2,7 @@
 
 use super::site::SiteTotals;
 use crate::capture::Totals;
-use crate::capture::{Allocation, AllocatorKind, FrameId, StackId, StackTable};
+use crate::capture::{Allocation, AllocatorKind, FrameId, SiteState, StackId, StackTable};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
 
@@ -67,6 +67,16 @@ impl Statistics {
         self.by_bits[(64 - event.size.leading_zeros()) as usize].add(one);
         self.by_allocator[usize::from(event.allocator.id())].add(one);
         self.by_stack.entry(event.stack).or_default().add(one);
+    }
+
+    /// What came at a site; in which sizes is not known.
+    pub(super) fn came(&mut self, row: &SiteState) {
+        if row.allocated.is_empty() {
+            return;
+        }
+        self.allocated.add(row.allocated);
+        self.by_allocator[usize::from(row.allocator.id())].add(row.allocated);
+        self.by_stack.entry(row.stack).or_default().add(row.allocated);
     }
 
     /// Ten bins at most, growing by powers of two, from the smallest size to the largest.

@@ -24,6 +24,8 @@ pub(super) fn create(path: &Path, force: bool) -> Result<File, CaptureError> {
         Ok(_) => fs::remove_file(path).map_err(failed)?,
     }
     OpenOptions::new()
+        // A capture with snapshots is read when it is made smaller.
+        .read(true)
         .write(true)
         .create_new(true)
         .mode(0o600)

@@ -28,6 +28,11 @@ pub enum CaptureError {
     /// A sample, though the header says that every allocation is recorded.
     #[error("{} can take no sampled allocation: its header says that all are recorded", path.display())]
     NotSampled { path: PathBuf },
+    /// What was asked for takes an event log.
+    #[error(
+        "{} has snapshots and no event log: what {what} is not known", path.display()
+    )]
+    NoEventLog { path: PathBuf, what: &'static str },
     /// Header or trailer do not fit a chunk, or cannot be put as JSON.
     #[error("cannot encode the {what} of {}: {why}", path.display())]
     Document { path: PathBuf, what: &'static str, why: String },
@@ -67,6 +72,7 @@ impl CaptureError {
             Self::Write { .. } => Some("what was written before can be read"),
             Self::Closed { .. } => Some("see the error before this one"),
             Self::TooMany { .. } => Some("record for a shorter time"),
+            Self::NoEventLog { .. } => Some("record with `attach --events` to have one"),
             Self::NotSampled { .. } | Self::Document { .. } => None,
             Self::Open { .. } => Some("captures are the files that `heaptap attach` writes, named *.heaptap"),
             Self::Read { source, .. } if source.kind() == io::ErrorKind::IsADirectory => {

@@ -1,4 +1,4 @@
-//! The bytes of a capture file, version 3, and how versions 1 and 2 differ.
+//! The bytes of a capture file, version 4, and how versions before it differ.
 //!
 //! All fixed-width integers are little-endian. `varint` is LEB128 of an unsigned 64-bit number,
 //! `zigzag` a varint of `(n << 1) ^ (n >> 63)`.
@@ -17,7 +17,8 @@
 //!   version, so that any binary can say which version a file has.
 //! - flags: the low eight tell things that a reader may ignore (none is defined yet); a set bit of the
 //!   high eight that a reader does not know means that it must refuse the file. 0x0100, from version 2:
-//!   some allocations are samples, and a sum that takes each for one is wrong.
+//!   some allocations are samples, and a sum that takes each for one is wrong. 0x0200, from version 4: there is no event log, and
+//!   what was live is in snapshots alone.
 //!
 //! # Chunk
 //!
@@ -173,7 +174,7 @@
 /// First bytes of every capture.
 pub const MAGIC: [u8; 8] = *b"\x89HTAP\r\n\x1a";
 /// The version this binary writes, and the newest it reads.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 /// Bytes of magic, version, flags and checksum.
 pub const PREFIX_LEN: usize = 16;
 /// Bytes before a chunk's stored bytes.
@@ -198,6 +199,8 @@ pub const MAX_STRING_LEN: usize = 16 << 10;
 pub const REQUIRED_FLAGS: u16 = 0xff00;
 /// Flag: some allocations are samples.
 pub const FLAG_SAMPLED: u16 = 0x0100;
+/// Flag: no events, snapshots alone.
+pub const FLAG_AGGREGATED: u16 = 0x0200;
 /// How many allocations back a free can name its block by one byte (versions 1 and 2).
 pub const RECENT_ADDRESSES: usize = 256;
 

@@ -47,6 +47,12 @@ pub struct Header {
     /// The share of the target's time, in percent, that recording might take before the sampling interval was raised.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_cpu_percent: Option<f64>,
+    /// There is no event log: what was live, came and went is in snapshots alone.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub aggregated: bool,
+    /// Nanoseconds between snapshots, where they were taken regularly.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot_every_ns: Option<u64>,
     /// The hooked functions.
     pub entry_points: Vec<EntryPoint>,
     /// The mapped ELF files.

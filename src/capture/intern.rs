@@ -58,6 +58,21 @@ impl Interner {
         Ok(Interned::New(id))
     }
 
+    /// The id of a string that has one.
+    pub(super) fn known_string(&self, text: &str) -> Option<StringId> {
+        self.strings.get(text).copied()
+    }
+
+    /// The id of a code location that has one.
+    pub(super) fn known_frame(&self, function: StringId, file: StringId, line: u32) -> Option<FrameId> {
+        self.frames.get(&(function, file, line)).copied()
+    }
+
+    /// The id of a stack that has one.
+    pub(super) fn known_node(&self, parent: StackId, frame: FrameId) -> Option<StackId> {
+        self.nodes.get(&(parent, frame)).copied()
+    }
+
     pub(super) fn frame_count(&self) -> usize {
         self.frames.len()
     }

@@ -53,6 +53,72 @@ struct Packed {
 /// What many blocks have in common: function, thread, sampling interval.
 type Origin = (AllocatorKind, u32, u64);
 
+/// The origins of the live blocks. They are few, so blocks hold an index; but a server may have a thread for each request, so
+/// that one without blocks gives its place to another.
+#[derive(Default)]
+struct Origins {
+    /// With the number of its blocks.
+    entries: Vec<(Origin, u32)>,
+    ids: HashMap<Origin, u32, RandomState>,
+    /// Places to be taken.
+    vacant: Vec<u32>,
+    /// Origins without blocks that still have a place: they may be back at once.
+    unused: usize,
+    had_samples: bool,
+}
+
+impl Origins {
+    /// So many unused ones are kept at least.
+    const SPARE: usize = 1024;
+
+    /// The index of `origin`, for one more block.
+    fn take(&mut self, origin: Origin) -> u32 {
+        if let Some(&id) = self.ids.get(&origin) {
+            let count = &mut self.entries[id as usize].1;
+            self.unused -= usize::from(*count == 0);
+            *count += 1;
+            return id;
+        }
+        if self.vacant.is_empty() && self.unused > Self::SPARE && self.unused > self.entries.len() / 2 {
+            self.sweep();
+        }
+        self.had_samples |= origin.2 != 0;
+        let id = match self.vacant.pop() {
+            Some(id) => {
+                self.entries[id as usize] = (origin, 1);
+                id
+            }
+            None => {
+                self.entries.push((origin, 1));
+                self.entries.len() as u32 - 1
+            }
+        };
+        self.ids.insert(origin, id);
+        id
+    }
+
+    /// One block less has it.
+    fn give_back(&mut self, id: u32) {
+        let count = &mut self.entries[id as usize].1;
+        *count -= 1;
+        self.unused += usize::from(*count == 0);
+    }
+
+    fn get(&self, id: u32) -> Origin {
+        self.entries[id as usize].0
+    }
+
+    /// Makes the places of all unused ones vacant.
+    fn sweep(&mut self) {
+        for (id, (origin, count)) in self.entries.iter().enumerate() {
+            if *count == 0 && self.ids.remove(origin).is_some() {
+                self.vacant.push(id as u32);
+            }
+        }
+        self.unused = 0;
+    }
+}
+
 /// The address as two halves, for its alignment.
 type Key = [u32; 2];
 
@@ -60,9 +126,7 @@ type Key = [u32; 2];
 pub struct LiveSet {
     blocks: HashMap<Key, Packed, RandomState>,
     mappings: Mappings,
-    /// Few, so blocks hold an index.
-    origins: Vec<Origin>,
-    origin_ids: HashMap<Origin, u32, RandomState>,
+    origins: Origins,
     page_size: u64,
     sum: WeightedSum,
     peak_bytes: u64,
@@ -74,8 +138,7 @@ impl LiveSet {
         Self {
             blocks: HashMap::default(),
             mappings: Mappings::default(),
-            origins: Vec::new(),
-            origin_ids: HashMap::default(),
+            origins: Origins::default(),
             page_size: page_size.max(1),
             sum: WeightedSum::default(),
             peak_bytes: 0,
@@ -91,14 +154,11 @@ impl LiveSet {
             let parts = self.mappings.map(address.0, size, block);
             if parts.is_empty() { Displaced::Nothing } else { Displaced::Mappings(parts) }
         } else {
-            let origin = self.origin((allocator, tid, interval));
+            let origin = self.origins.take((allocator, tid, interval));
             let packed = Packed { size: halves(size), stack, origin, time_ms };
-            match self.blocks.insert(halves(address.0), packed).map(|old| self.unpack(old)) {
+            match self.blocks.insert(halves(address.0), packed) {
                 None => Displaced::Nothing,
-                Some(old) => {
-                    self.sum.remove(old.size, old.interval);
-                    Displaced::Block(old)
-                }
+                Some(old) => Displaced::Block(self.forget(old)),
             }
         };
         if !allocator.is_ranged() {
@@ -111,9 +171,7 @@ impl LiveSet {
     /// Takes a block out; `None` if it is not one of ours.
     pub fn free(&mut self, address: RemoteAddr) -> Option<Block> {
         let packed = self.blocks.remove(&halves(address.0))?;
-        let block = self.unpack(packed);
-        self.sum.remove(block.size, block.interval);
-        Some(block)
+        Some(self.forget(packed))
     }
 
     /// Takes a range of mappings out; empty if none of it is ours.
@@ -159,7 +217,7 @@ impl LiveSet {
 
     /// Whether a sample was ever among the blocks.
     pub fn has_samples(&self) -> bool {
-        self.origins.iter().any(|(.., interval)| *interval != 0)
+        self.origins.had_samples
     }
 
     /// The live samples with their addresses, in no order.
@@ -170,17 +228,16 @@ impl LiveSet {
         blocks.filter(|(_, block)| block.interval != 0)
     }
 
-    fn origin(&mut self, origin: Origin) -> u32 {
-        let next = self.origins.len() as u32;
-        let id = *self.origin_ids.entry(origin).or_insert(next);
-        if id == next {
-            self.origins.push(origin);
-        }
-        id
+    /// What is known of a block that was taken out.
+    fn forget(&mut self, packed: Packed) -> Block {
+        let block = self.unpack(packed);
+        self.sum.remove(block.size, block.interval);
+        self.origins.give_back(packed.origin);
+        block
     }
 
     fn unpack(&self, packed: Packed) -> Block {
-        let (allocator, tid, interval) = self.origins[packed.origin as usize];
+        let (allocator, tid, interval) = self.origins.get(packed.origin);
         let size = u64::from(packed.size[0]) | u64::from(packed.size[1]) << 32;
         Block { size, stack: packed.stack, allocator, tid, interval, time_ms: packed.time_ms }
     }

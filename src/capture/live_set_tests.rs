@@ -172,3 +172,29 @@ fn samples_count_for_what_they_stand_for() {
     }
     assert_eq!((set.live_bytes(), set.live_blocks()), (0, 0));
 }
+
+#[test]
+fn threads_that_come_and_go_take_no_room() {
+    let mut live = LiveSet::new(4096);
+    let sampled = |tid: u32, address: u64| Allocation {
+        tid,
+        interval: 100,
+        ..alloc(AllocatorKind::Malloc, address, 8, tid)
+    };
+    for tid in 0..100_000 {
+        // One thread in a hundred leaves a block behind.
+        live.allocate(&sampled(tid, 0x1000), 0);
+        if tid % 100 == 0 {
+            live.allocate(&sampled(tid, 0x10_0000 + u64::from(tid) * 16), 0);
+        }
+        assert_eq!(live.free(RemoteAddr(0x1000)).map(|block| block.tid), Some(tid));
+    }
+    // 1,000 in use and as many in waiting, not 100,000.
+    assert!(live.origins.entries.len() < 5_000, "{}", live.origins.entries.len());
+    assert!(live.origins.ids.len() < 5_000 && live.has_samples());
+    for tid in (0..100_000).step_by(100) {
+        let block = live.free(RemoteAddr(0x10_0000 + u64::from(tid) * 16)).unwrap();
+        assert_eq!((block.tid, block.interval, block.stack), (tid, 100, StackId(tid)));
+    }
+    assert_eq!((live.live_bytes(), live.origins.unused), (0, live.origins.ids.len()));
+}

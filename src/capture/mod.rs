@@ -9,6 +9,7 @@
 
 mod allocator;
 mod chunk;
+mod compact;
 mod create;
 mod encode;
 mod error;
@@ -17,13 +18,16 @@ pub mod format;
 mod gauges;
 mod header;
 mod intern;
+mod keeper;
 mod live_set;
 mod mappings;
+mod output;
 mod predict;
 mod reader;
 mod record;
 mod snapshot;
 mod stack_table;
+mod thin;
 mod totals;
 mod trailer;
 mod v1;
@@ -32,11 +36,13 @@ mod v3;
 mod varint;
 mod weight;
 mod writer;
+mod writer_keeping;
 
 pub use allocator::{AllocatorKind, Domain};
 pub use error::CaptureError;
 pub use gauges::Gauges;
 pub use header::{BreakpointKind, EntryPoint, Header, LibcFacts, Module, PythonFacts};
+pub use keeper::Keep;
 pub use live_set::{Block, Displaced, LiveSet};
 pub use mappings::Part;
 pub use reader::{CaptureReader, CutShort, Damage};

@@ -8,7 +8,9 @@
 
 use super::chunk::ChunkHeader;
 use super::error::CaptureError;
-use super::format::{CHUNK_HEADER_LEN, FLAG_SAMPLED, MAGIC, PREFIX_LEN, REQUIRED_FLAGS, VERSION, kind};
+use super::format::{
+    CHUNK_HEADER_LEN, FLAG_AGGREGATED, FLAG_SAMPLED, MAGIC, PREFIX_LEN, REQUIRED_FLAGS, VERSION, kind,
+};
 use super::gauges::{self, Gauges};
 use super::header::Header;
 use super::record::Record;
@@ -143,6 +145,11 @@ impl CaptureReader {
         Ok(reader)
     }
 
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The facts of the run.
     pub fn header(&self) -> &Header {
         &self.header
@@ -209,6 +216,10 @@ impl CaptureReader {
             1 => (Decoder::V1(v1::ChunkDecoder::new()), 0),
             2 => (Decoder::V2(v2::ChunkDecoder::new(flags & FLAG_SAMPLED != 0)), FLAG_SAMPLED),
             3 => (Decoder::V3(Box::new(v3::ChunkDecoder::new(flags & FLAG_SAMPLED != 0))), FLAG_SAMPLED),
+            4 => {
+                let sampled = flags & FLAG_SAMPLED != 0;
+                (Decoder::V3(Box::new(v3::ChunkDecoder::new(sampled))), FLAG_SAMPLED | FLAG_AGGREGATED)
+            }
             newer => {
                 debug_assert!(newer > VERSION);
                 return Err(CaptureError::NewerVersion { path: self.path.clone(), found: newer });

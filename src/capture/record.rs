@@ -83,6 +83,8 @@ pub enum DropReason {
     Unreadable,
     /// The agent can't record a call made while it runs itself (by a signal handler), nor more threads than it can tell apart.
     PassedThrough,
+    /// The file, or its disk, had no room for an event log any more; snapshots went on.
+    FileFull,
     /// A reason this version does not know.
     Other(u8),
 }
@@ -122,7 +124,8 @@ reason_ids!(
     DropReason,
     BufferFull = 0 "the buffer was full",
     Unreadable = 1 "the event could not be read",
-    PassedThrough = 2 "the call was made inside the agent, or by a thread too many"
+    PassedThrough = 2 "the call was made inside the agent, or by a thread too many",
+    FileFull = 3 "the file was full"
 );
 reason_ids!(GapReason, Paused = 0 "recording was paused", BreakpointsLifted = 1 "the breakpoints were lifted");
 

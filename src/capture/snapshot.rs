@@ -111,6 +111,22 @@ pub struct SiteState {
     pub ages: [Age; AGES],
 }
 
+impl SiteState {
+    fn site(&self) -> (StackId, AllocatorKind, u32) {
+        (self.stack, self.allocator, self.tid)
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.live.add(other.live);
+        self.allocated.add(other.allocated);
+        self.freed.add(other.freed);
+        for (age, more) in self.ages.iter_mut().zip(&other.ages) {
+            age.bytes = age.bytes.saturating_add(more.bytes);
+            age.blocks = age.blocks.saturating_add(more.blocks);
+        }
+    }
+}
+
 /// What was live at one moment.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Snapshot {
@@ -131,6 +147,34 @@ impl Snapshot {
         let mut sum = Totals::default();
         self.rows.iter().for_each(|row| sum.add(row.live));
         sum
+    }
+
+    /// Puts the rows in order, and those of one site together.
+    pub fn settle(&mut self) {
+        self.rows.sort_by_key(SiteState::site);
+        self.rows.dedup_by(|row, before| {
+            let same = row.site() == before.site();
+            if same {
+                before.add(row);
+            }
+            same
+        });
+    }
+
+    /// Leaves `most` rows at most (more than there are allocators): the sites with the least are summed up by allocator, as of
+    /// the stack `rest`.
+    pub(super) fn limit_rows(&mut self, most: usize, rest: StackId) {
+        if self.rows.len() <= most {
+            return;
+        }
+        self.rows.sort_by_key(|row| {
+            let came = row.allocated.bytes().max(row.freed.bytes());
+            (row.stack == rest, std::cmp::Reverse((row.live.bytes(), came)))
+        });
+        for row in &mut self.rows[most.saturating_sub(AllocatorKind::ALL.len())..] {
+            (row.stack, row.tid) = (rest, 0);
+        }
+        self.settle();
     }
 
     /// The parts as chunk contents, each handed to `write`.
@@ -155,17 +199,27 @@ impl Snapshot {
     }
 }
 
+/// Index and number of parts of the snapshot that a chunk's content is a part of.
+pub(super) fn part_of(raw: &[u8]) -> Option<(u32, u64)> {
+    let mut cursor = Cursor::new(raw, 0);
+    let mut numbers = [0; 6];
+    for number in &mut numbers {
+        *number = cursor.varint()?;
+    }
+    Some((u32::try_from(numbers[0]).ok()?, numbers[5]))
+}
+
 fn put_rows(buf: &mut Vec<u8>, rows: &[SiteState]) {
-    let mut column = |of: &dyn Fn(&SiteState) -> u64| rows.iter().for_each(|row| put(buf, of(row)));
-    column(&|row| u64::from(row.allocator.id()));
+    rows.iter().for_each(|row| put(buf, u64::from(row.allocator.id())));
     for of in FIGURES {
-        for (at, _) in Totals::default().to_numbers().iter().enumerate() {
-            column(&|row| of(row).to_numbers()[at]);
+        let numbers: Vec<_> = rows.iter().map(|row| of(row).to_numbers()).collect();
+        for at in 0..Totals::default().to_numbers().len() {
+            numbers.iter().for_each(|numbers| put(buf, numbers[at]));
         }
     }
     for class in 0..AGES {
-        column(&|row| row.ages[class].bytes);
-        column(&|row| row.ages[class].blocks);
+        rows.iter().for_each(|row| put(buf, row.ages[class].bytes));
+        rows.iter().for_each(|row| put(buf, row.ages[class].blocks));
     }
     // What is told by its difference to the row before.
     let numbers: [fn(&SiteState) -> i64; 2] = [|row| i64::from(row.stack.0), |row| i64::from(row.tid)];

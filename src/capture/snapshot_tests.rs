@@ -91,6 +91,39 @@ fn a_stack_that_nobody_defined_is_an_error() {
     assert!(Assembler::default().take(part, 8).is_err() && Assembler::default().take(part, 9).is_ok());
 }
 
+proptest! {
+    #[test]
+    fn summing_up_small_sites_loses_nothing(rows in prop::collection::vec(row(), 0..200), most in 25usize..100) {
+        let whole = Snapshot { head: head(), rows };
+        let mut limited = whole.clone();
+        limited.limit_rows(most, StackId(77));
+        prop_assert!(limited.rows.len() <= most.max(whole.rows.len().min(most)));
+        prop_assert_eq!(limited.live().bytes(), whole.live().bytes());
+        let flows = |of: &Snapshot| of.rows.iter().map(|row| row.allocated.bytes() + row.freed.count()).sum::<u64>();
+        // Numbers of samples are rounded once for each sum.
+        prop_assert!(flows(&limited).abs_diff(flows(&whole)) <= 2 * whole.rows.len() as u64);
+        if whole.rows.len() > most {
+            prop_assert!(limited.rows.is_sorted_by_key(SiteState::site));
+            let largest = whole.rows.iter().map(|row| row.live.bytes()).max();
+            prop_assert!(limited.rows.iter().map(|row| row.live.bytes()).max() >= largest);
+        }
+    }
+}
+
+#[test]
+fn rows_of_one_site_become_one() {
+    let row = |stack, bytes| SiteState {
+        stack: StackId(stack),
+        live: Totals::certain(bytes, 1),
+        ..SiteState::default()
+    };
+    let mut snapshot = Snapshot { head: head(), rows: vec![row(2, 5), row(1, 7), row(2, 1)] };
+    snapshot.settle();
+    let rows: Vec<_> =
+        snapshot.rows.iter().map(|row| (row.stack.0, row.live.bytes(), row.live.count())).collect();
+    assert_eq!(rows, [(1, 7, 1), (2, 6, 2)]);
+}
+
 #[test]
 fn classes_of_age_begin_where_the_last_ended() {
     assert_eq!([0, 999, 1000, 4999, 5000].map(age_class), [0, 0, 1, 1, 2]);

@@ -10,19 +10,20 @@ use super::create::create;
 use super::encode::ChunkEncoder;
 use super::error::CaptureError;
 use super::format::{
-    CHUNK_EVENTS, CHUNK_TARGET_LEN, FLAG_SAMPLED, MAGIC, MAX_RAW_LEN, MAX_STRING_LEN, VERSION, kind,
+    CHUNK_EVENTS, CHUNK_TARGET_LEN, FLAG_AGGREGATED, FLAG_SAMPLED, MAGIC, MAX_RAW_LEN, MAX_STRING_LEN,
+    VERSION, kind,
 };
 use super::gauges::{self, Gauges};
 use super::header::Header;
 use super::intern::{Full, Interned, Interner, cut};
+use super::output::Output;
 use super::record::{
     Allocation, DropReason, FrameId, Free, FreeUnknown, GapReason, StackId, StringId, Unmap,
 };
 use super::snapshot::Snapshot;
 use super::trailer::{Counters, Trailer};
-use std::fs::File;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use super::writer_keeping::Keeping;
+use std::path::Path;
 
 /// Times closer together than this are one.
 const TIME_STEP_NS: u64 = 1_000_000;
@@ -35,38 +36,36 @@ const GAUGES_PER_CHUNK: usize = 4096;
 /// Writes one capture file. Any error is final: what was written before stays readable, and every
 /// later call fails with [`CaptureError::Closed`].
 pub struct CaptureWriter {
-    path: PathBuf,
-    file: File,
-    /// Bytes of the file that are whole chunks.
-    offset: u64,
-    failed: bool,
+    pub(super) output: Output,
     /// Whether the file says that allocations may be samples.
     sampled: bool,
-    encoder: ChunkEncoder,
-    interner: Interner,
+    /// Whether there is an event log. Without one, events are only counted.
+    pub(super) logs_events: bool,
+    pub(super) encoder: ChunkEncoder,
+    pub(super) interner: Interner,
     raw: Vec<u8>,
-    packed: Vec<u8>,
-    counters: Counters,
-    now_ns: u64,
+    pub(super) packed: Vec<u8>,
+    pub(super) counters: Counters,
+    pub(super) now_ns: u64,
     /// The last time put into the current chunk.
     written_time: Option<u64>,
+    /// Of a capture with snapshots: how it is kept small.
+    pub(super) keeping: Option<Box<Keeping>>,
 }
 
 impl CaptureWriter {
     /// Creates `path` (mode 0600) and writes the header. An existing file is an error unless `force`,
     /// and anything but a regular file or `/dev/null` is an error always. Samples can be written only if the
-    /// header has a `sampling_mean_bytes`.
+    /// header has a `sampling_mean_bytes`, and no events if it says `aggregated`: they are counted then.
     pub fn create(path: impl AsRef<Path>, force: bool, header: &Header) -> Result<Self, CaptureError> {
         let path = path.as_ref().to_owned();
         let document =
             serde_json::to_vec(&header.clamped()).map_err(|error| document_error(&path, "header", error))?;
         let file = create(&path, force)?;
         let mut writer = Self {
-            path,
-            file,
-            offset: 0,
-            failed: false,
+            output: Output::new(path, file),
             sampled: header.sampling_mean_bytes.is_some(),
+            logs_events: !header.aggregated,
             encoder: ChunkEncoder::new(),
             interner: Interner::default(),
             raw: Vec::new(),
@@ -74,15 +73,20 @@ impl CaptureWriter {
             counters: Counters::default(),
             now_ns: 0,
             written_time: None,
+            keeping: None,
         };
-        let flags = if writer.sampled { FLAG_SAMPLED } else { 0 };
-        writer.packed.extend_from_slice(&prefix(VERSION, flags));
+        let sampled = if writer.sampled { FLAG_SAMPLED } else { 0 };
+        let aggregated = if header.aggregated { FLAG_AGGREGATED } else { 0 };
+        writer.packed.extend_from_slice(&prefix(VERSION, sampled | aggregated));
         writer.document("header", kind::HEADER, &document)?;
         Ok(writer)
     }
 
     /// The id of a code location. `line` 0 means unknown.
     pub fn intern_frame(&mut self, function: &str, file: &str, line: u32) -> Result<FrameId, CaptureError> {
+        if self.is_closed_to_definitions()? {
+            return Ok(self.known_frame(function, file, line));
+        }
         let function = self.intern_string(function)?;
         let file = self.intern_string(file)?;
         match self.interner.frame(function, file, line) {
@@ -114,6 +118,9 @@ impl CaptureWriter {
         if !known {
             return Ok(caller);
         }
+        if self.is_closed_to_definitions()? {
+            return Ok(self.known_node(caller, frame));
+        }
         match self.interner.node(caller, frame) {
             Ok(Interned::Known(id)) => Ok(id),
             Ok(Interned::New(id)) => {
@@ -126,7 +133,11 @@ impl CaptureWriter {
     }
 
     /// Names a thread; an empty name is an unknown one. May be said again when the name changes.
+    /// In a file without an event log the names are written with the first snapshot that has the thread.
     pub fn define_thread(&mut self, tid: u32, os_name: &str, python_name: &str) -> Result<(), CaptureError> {
+        if self.keeps_names_back(tid, os_name, python_name) {
+            return Ok(());
+        }
         self.room()?;
         self.encoder.thread(tid, &cut(os_name, MAX_STRING_LEN), &cut(python_name, MAX_STRING_LEN));
         Ok(())
@@ -142,45 +153,51 @@ impl CaptureWriter {
     pub fn allocation(&mut self, event: Allocation) -> Result<(), CaptureError> {
         let is_sample = event.interval > 0 && !event.allocator.is_ranged();
         if is_sample && !self.sampled {
-            return Err(CaptureError::NotSampled { path: self.path.clone() });
+            return Err(CaptureError::NotSampled { path: self.output.path().to_owned() });
         }
-        self.event()?;
         self.counters.samples += u64::from(is_sample);
         self.counters.allocations += 1;
-        self.encoder.allocation(&event);
+        if self.begin_event()? {
+            self.encoder.allocation(&event);
+        }
         Ok(())
     }
 
     /// A block of this capture was given back.
     pub fn free(&mut self, event: Free) -> Result<(), CaptureError> {
-        self.event()?;
         self.counters.frees += 1;
-        self.encoder.free(&event);
+        if self.begin_event()? {
+            self.encoder.free(&event);
+        }
         Ok(())
     }
 
     /// A block from before the attach was given back.
     pub fn free_unknown(&mut self, event: FreeUnknown) -> Result<(), CaptureError> {
-        self.event()?;
         self.counters.frees_from_before += 1;
-        self.encoder.free_unknown(&event);
+        if self.begin_event()? {
+            self.encoder.free_unknown(&event);
+        }
         Ok(())
     }
 
     /// A range was unmapped.
     pub fn unmap(&mut self, event: Unmap) -> Result<(), CaptureError> {
-        self.event()?;
         self.counters.unmaps += 1;
-        self.encoder.unmap(&event);
+        if self.begin_event()? {
+            self.encoder.unmap(&event);
+        }
         Ok(())
     }
 
     /// `count` events are missing here.
     pub fn dropped(&mut self, count: u64, reason: DropReason) -> Result<(), CaptureError> {
-        self.begin_record()?;
         self.counters.drops = self.counters.drops.saturating_add(count);
-        self.encoder.dropped(count, reason);
-        Ok(())
+        if let Some(keeping) = &mut self.keeping {
+            keeping.dropped(count, reason);
+            return self.output.check();
+        }
+        self.put_dropped(count, reason)
     }
 
     /// Nothing was recorded for a while.
@@ -197,7 +214,7 @@ impl CaptureWriter {
         self.flush()?;
         snapshot.encode(|part| {
             chunk::seal(kind::SNAPSHOT, part, &mut self.packed);
-            self.write_packed()
+            self.output.write(&mut self.packed)
         })
     }
 
@@ -206,19 +223,21 @@ impl CaptureWriter {
         self.check_open()?;
         for some in gauges.chunks(GAUGES_PER_CHUNK) {
             chunk::seal(kind::GAUGES, &gauges::encode(some), &mut self.packed);
-            self.write_packed()?;
+            self.write_beside_snapshots()?;
         }
         Ok(())
     }
 
     /// What this writer has counted so far (only the counters that it sees itself).
     pub fn counters(&self) -> Counters {
-        Counters { distinct_stacks: self.interner.node_count() as u64, ..self.counters }
+        // The one for stacks that are not kept is none.
+        let nodes = self.interner.node_count() - usize::from(self.keeping.is_some());
+        Counters { distinct_stacks: nodes as u64, ..self.counters }
     }
 
     /// Bytes of the file so far.
     pub fn bytes_written(&self) -> u64 {
-        self.offset
+        self.output.offset()
     }
 
     /// Hands the records so far to the kernel. Called about once a second by the recorder, so that a
@@ -226,18 +245,23 @@ impl CaptureWriter {
     pub fn flush(&mut self) -> Result<(), CaptureError> {
         self.check_open()?;
         if self.encoder.is_empty() {
-            return Ok(());
+            // What waits for room on the disk may have it by now.
+            return if self.output.is_waiting() { self.write_beside_snapshots() } else { Ok(()) };
         }
         self.encoder.finish(&mut self.raw);
         chunk::seal(kind::EVENTS, &self.raw, &mut self.packed);
         self.raw.clear();
         self.written_time = None;
-        self.write_packed()
+        if let Some(keeping) = &mut self.keeping {
+            keeping.keeper.log_bytes += self.packed.len() as u64;
+        }
+        self.write_beside_snapshots()
     }
 
     /// Writes what is left and the trailer. The counters that the writer sees itself replace those
     /// given.
     pub fn finish(mut self, trailer: Trailer) -> Result<(), CaptureError> {
+        self.tell_dropped(true)?;
         self.flush()?;
         let own = self.counters();
         let counters = Counters {
@@ -253,14 +277,16 @@ impl CaptureWriter {
             ..trailer.counters
         };
         let document = serde_json::to_vec(&Trailer { counters, ..trailer })
-            .map_err(|error| document_error(&self.path, "trailer", error))?;
-        self.document("trailer", kind::TRAILER, &document)
+            .map_err(|error| document_error(self.output.path(), "trailer", error))?;
+        self.document("trailer", kind::TRAILER, &document)?;
+        self.output.require_written()
     }
 
     /// Lets a test write into a device that fails.
     #[cfg(test)]
-    pub(super) fn replace_file(&mut self, file: File) {
-        self.file = file;
+    pub(super) fn replace_file(&mut self, file: std::fs::File) {
+        let offset = self.output.offset();
+        self.output.replace(file, offset);
     }
 
     fn intern_string(&mut self, text: &str) -> Result<StringId, CaptureError> {
@@ -276,9 +302,24 @@ impl CaptureWriter {
         }
     }
 
-    fn event(&mut self) -> Result<(), CaptureError> {
-        self.begin_record()?;
+    /// Counts an event. Whether it is to be put into the log.
+    fn begin_event(&mut self) -> Result<bool, CaptureError> {
         self.counters.events += 1;
+        if !self.logs_events {
+            self.count_unlogged();
+            return self.output.check().map(|()| false);
+        }
+        if self.keeping.is_some() && !self.may_log_events()? {
+            self.count_unlogged();
+            return Ok(false);
+        }
+        self.begin_record()?;
+        Ok(true)
+    }
+
+    pub(super) fn put_dropped(&mut self, count: u64, reason: DropReason) -> Result<(), CaptureError> {
+        self.begin_record()?;
+        self.encoder.dropped(count, reason);
         Ok(())
     }
 
@@ -296,44 +337,26 @@ impl CaptureWriter {
         Ok(())
     }
 
-    fn room(&mut self) -> Result<(), CaptureError> {
+    pub(super) fn room(&mut self) -> Result<(), CaptureError> {
         let full = self.encoder.len() >= CHUNK_TARGET_LEN || self.encoder.events() == CHUNK_EVENTS;
         if full { self.flush() } else { self.check_open() }
     }
 
     fn check_open(&self) -> Result<(), CaptureError> {
-        if self.failed { Err(CaptureError::Closed { path: self.path.clone() }) } else { Ok(()) }
+        self.output.check()
     }
 
     fn full(&mut self, Full(what): Full) -> CaptureError {
-        CaptureError::TooMany { path: self.path.clone(), what }
+        CaptureError::TooMany { path: self.output.path().to_owned(), what }
     }
 
     fn document(&mut self, what: &'static str, kind: u8, document: &[u8]) -> Result<(), CaptureError> {
         if document.len() > MAX_RAW_LEN {
             let why = format!("{} bytes are more than a chunk holds", document.len());
-            return Err(CaptureError::Document { path: self.path.clone(), what, why });
+            return Err(CaptureError::Document { path: self.output.path().to_owned(), what, why });
         }
         chunk::seal(kind, document, &mut self.packed);
-        self.write_packed()
-    }
-
-    fn write_packed(&mut self) -> Result<(), CaptureError> {
-        let written = self.file.write_all(&self.packed);
-        let len = self.packed.len() as u64;
-        self.packed.clear();
-        match written {
-            Ok(()) => {
-                self.offset += len;
-                Ok(())
-            }
-            Err(source) => {
-                self.failed = true;
-                // Best effort: the reader copes with a torn chunk too.
-                let _ = self.file.set_len(self.offset);
-                Err(CaptureError::Write { path: self.path.clone(), offset: self.offset, source })
-            }
-        }
+        self.output.write(&mut self.packed)
     }
 }
 

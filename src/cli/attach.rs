@@ -3,11 +3,12 @@
 use super::parse::{parse_duration, parse_percent, parse_pid, parse_size};
 use super::view::to_stdout;
 use super::{events, log};
-use crate::capture::Counters;
+use crate::capture::{Counters, Keep};
 use crate::error::Error;
 use crate::recorder::examine::Examined;
 use crate::recorder::plant::JumpOptions;
 use crate::recorder::record::{Observer, Progress, RecordOptions, Summary, record};
+use crate::recorder::snapshots::SnapshotOptions;
 use crate::report::ReportError;
 use crate::report::text::{counted, duration, escaped as printable, number as count, size as bytes};
 use clap::Args;
@@ -30,6 +31,9 @@ Examples:
     heaptap attach --pid 1234 --python-allocators
   Record every single allocation and free of ten seconds:
     heaptap attach --pid 1234 --exact --duration 10s
+  Watch a server for days: a snapshot of what is live each minute, in a file that stays below 200 MiB:
+    heaptap attach --pid 1234 --snapshot-every 60s -o server.heaptap
+    heaptap snapshot --pid 1234     (one more, now)
   Can it be attached to? (writes nothing into it)
     heaptap doctor --pid 1234
 
@@ -75,9 +79,59 @@ pub struct AttachArgs {
     /// With --breakpoints trap: record even where the target uses SIGTRAP itself; it dies should heaptap be killed
     #[arg(long)]
     pub unsafe_trap: bool,
+    #[command(flatten)]
+    snapshots: SnapshotArgs,
     /// Print no progress
     #[arg(long, short)]
     pub quiet: bool,
+}
+
+/// Any of these makes a capture of snapshots: what was live at some moments, not every event.
+#[derive(Debug, Args)]
+#[command(
+    next_help_heading = "Snapshots (any of these records what is live at some moments in place of every event)"
+)]
+struct SnapshotArgs {
+    /// Take a snapshot of what is live this often; others at the start, at the end, on SIGUSR1 and by `heaptap snapshot`
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    snapshot_every: Option<Duration>,
+    /// Keep so many snapshots: of each older hour fewer [default: 100]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(3..=100_000))]
+    keep: Option<u32>,
+    /// Keep the capture below this size: by fewer snapshots, then by summing up small sites [default: 200MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_file_size)]
+    max_file: Option<u64>,
+    /// Take a snapshot when more is live than at any before (by 5 %, and 10 s after the last such)
+    #[arg(long)]
+    at_peak: bool,
+    /// Take a snapshot when the target's resident set grows beyond this
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    at_rss: Option<u64>,
+    /// Log every recorded event beside the snapshots, while there is room
+    #[arg(long)]
+    events: bool,
+}
+
+impl SnapshotArgs {
+    fn options(&self) -> Option<SnapshotOptions> {
+        let Self { snapshot_every, keep, max_file, at_peak, at_rss, events } = *self;
+        let is_asked = snapshot_every.is_some() || keep.is_some() || max_file.is_some() || at_rss.is_some();
+        (is_asked || at_peak || events).then(|| SnapshotOptions {
+            every: snapshot_every,
+            keep: Keep { snapshots: keep.unwrap_or(100) as usize, max_bytes: max_file.unwrap_or(200 << 20) },
+            at_peak,
+            at_rss,
+            events,
+        })
+    }
+}
+
+/// Below this not even header and three snapshots of any use would fit.
+fn parse_file_size(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        size if size < 4 << 20 => Err("a capture with snapshots takes 4MiB at least".into()),
+        size => Ok(size),
+    }
 }
 
 /// Kinds of breakpoints.
@@ -128,6 +182,7 @@ pub fn run(args: &AttachArgs) -> Result<(), Error> {
         python_allocators: args.python_allocators,
         unsafe_trap: args.unsafe_trap,
         jump: args.jump(),
+        snapshots: args.snapshots.options(),
     };
     let mut console = Console::new(&options, args.quiet);
     let summary = record(&options, &mut console)?;
@@ -247,6 +302,9 @@ fn print_summary(summary: &Summary, options: &RecordOptions, out: &mut dyn Write
         bytes(c.live_bytes),
         counted(c.live_blocks, "block")
     )?;
+    if let Some((taken, kept)) = summary.snapshots {
+        writeln!(out, "  {}, {} of them kept", counted(u64::from(taken), "snapshot"), count(kept as u64))?;
+    }
     // 0 is what nobody could measure.
     let extra = match c.target_extra_bytes {
         0 => String::new(),

@@ -69,6 +69,7 @@ pub fn run(args: &DemoArgs) -> Result<(), Error> {
         python_allocators: false,
         unsafe_trap: false,
         jump: Some(JumpOptions::every_event()),
+        snapshots: None,
     };
     let mut console = Console::new(&options, false);
     let recorded = record(&options, &mut console)?;

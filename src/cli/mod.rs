@@ -14,6 +14,7 @@ mod events;
 mod flamegraph;
 mod log;
 mod parse;
+mod snapshot;
 mod stacks;
 mod stats;
 mod summary;
@@ -53,6 +54,7 @@ pub struct Cli {
 enum Verb {
     Demo(demo::DemoArgs),
     Attach(attach::AttachArgs),
+    Snapshot(snapshot::Args),
     Detach(detach::DetachArgs),
     Doctor(doctor::DoctorArgs),
     Stacks(stacks::Args),
@@ -69,6 +71,7 @@ impl Cli {
         match self.verb {
             Verb::Demo(args) => demo::run(&args),
             Verb::Attach(args) => attach::run(&args),
+            Verb::Snapshot(args) => snapshot::run(&args),
             Verb::Detach(args) => detach::run(&args),
             Verb::Doctor(args) => doctor::run(&args),
             Verb::Stacks(args) => stacks::run(&args),

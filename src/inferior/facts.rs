@@ -167,6 +167,13 @@ pub fn has_memory(pid: i32) -> bool {
     }
 }
 
+/// Bytes that process `pid` has resident; `None` where it has ended.
+pub fn resident(pid: i32) -> Option<u64> {
+    let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * 4096)
+}
+
 /// A value of the auxiliary vector of `pid` (getauxval(3)).
 pub fn auxiliary(pid: i32, key: u64) -> Option<u64> {
     let bytes = std::fs::read(format!("/proc/{}/auxv", super::maps::memory_holder(pid))).ok()?;

@@ -291,17 +291,19 @@ pub fn exit_status(pidfd: &OwnedFd) -> Option<i32> {
 
 static STOP_SIGNAL: AtomicI32 = AtomicI32::new(0);
 static TICKED: AtomicBool = AtomicBool::new(false);
+static SNAPSHOT_ASKED: AtomicBool = AtomicBool::new(false);
 
 extern "C" fn on_signal(signal: c_int) {
-    if signal == libc::SIGALRM {
-        TICKED.store(true, Ordering::Relaxed);
-    } else {
-        STOP_SIGNAL.store(signal, Ordering::Relaxed);
+    match signal {
+        libc::SIGALRM => TICKED.store(true, Ordering::Relaxed),
+        libc::SIGUSR1 => SNAPSHOT_ASKED.store(true, Ordering::Relaxed),
+        _ => STOP_SIGNAL.store(signal, Ordering::Relaxed),
     }
 }
 
-/// Makes SIGINT and SIGTERM a request to end (see [`requested_stop`]) and starts a timer whose ticks end a blocking [`wait`].
-/// Handlers are set without SA_RESTART: a signal that comes between the check and the wait is seen at the next tick.
+/// Makes SIGINT and SIGTERM a request to end (see [`requested_stop`]), SIGUSR1 one for a snapshot ([`snapshot_asked`]), and starts
+/// a timer whose ticks end a blocking [`wait`]. Handlers are set without SA_RESTART: a signal that comes between the check and the
+/// wait is seen at the next tick.
 ///
 /// What a terminal does to us is ignored: that it goes (SIGHUP) is no reason to end, and a line of progress written from the
 /// background (SIGTTOU, `stty tostop`) may not stop us, for the agent would take us for dead.
@@ -310,6 +312,7 @@ pub fn install_stop_signals(tick: Duration) -> Result<(), Errno> {
         (libc::SIGINT, on_signal as *const () as usize),
         (libc::SIGTERM, on_signal as *const () as usize),
         (libc::SIGALRM, on_signal as *const () as usize),
+        (libc::SIGUSR1, on_signal as *const () as usize),
         (libc::SIGHUP, libc::SIG_IGN),
         (libc::SIGTTOU, libc::SIG_IGN),
     ] {
@@ -342,6 +345,28 @@ pub fn requested_stop() -> Option<i32> {
         0 => None,
         signal => Some(signal),
     }
+}
+
+/// Whether SIGUSR1 came since the last call.
+pub fn snapshot_asked() -> bool {
+    SNAPSHOT_ASKED.load(Ordering::Relaxed) && SNAPSHOT_ASKED.swap(false, Ordering::Relaxed)
+}
+
+/// The user whose process is at the other end of a Unix socket (SO_PEERCRED).
+pub fn peer_user(socket: &impl AsRawFd) -> Result<u32, Errno> {
+    let mut credentials = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes into `credentials`, which lives as long as the call.
+    let answer = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut credentials).cast(),
+            &raw mut len,
+        )
+    };
+    Errno::result(answer).map(|_| credentials.uid)
 }
 
 /// Whether the timer ticked since the last call.

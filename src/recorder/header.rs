@@ -2,7 +2,7 @@
 
 use super::examine::Examined;
 use super::ledger::kind;
-use super::plant::JumpOptions;
+use super::record::RecordOptions;
 use crate::capture::{self, BreakpointKind, Header, LibcFacts, PythonFacts};
 use crate::image::libc::LibcKind;
 use crate::inferior::maps;
@@ -16,8 +16,9 @@ pub fn unix_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
 }
 
-/// The facts of a recording that begins now; `jump` for that kind of breakpoint.
-pub fn header(examined: &Examined, jump: Option<&JumpOptions>) -> Header {
+/// The facts of a recording that begins now.
+pub fn header(examined: &Examined, options: &RecordOptions) -> Header {
+    let (jump, snapshots) = (options.jump.as_ref(), options.snapshots.as_ref());
     let sampled = jump.filter(|j| !j.exact);
     let pid = examined.pid;
     let kernel = nix::sys::utsname::uname().ok();
@@ -48,6 +49,8 @@ pub fn header(examined: &Examined, jump: Option<&JumpOptions>) -> Header {
         sampling_mean_bytes: sampled.map(|j| j.sample),
         sampling_seed: sampled.map(|j| j.seed),
         max_cpu_percent: sampled.and_then(|j| j.max_cpu),
+        aggregated: snapshots.is_some_and(|s| !s.events),
+        snapshot_every_ns: snapshots.and_then(|s| s.every).map(|every| every.as_nanos() as u64),
         entry_points: entry_points(examined),
         modules: examined.modules.iter().map(module).collect(),
     }

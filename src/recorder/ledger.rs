@@ -6,14 +6,16 @@
 //! way holds, that call has let go of it: its free is written first. A call that fails gives nothing back.
 
 use super::RecordError;
+use super::flows::Flows;
 use super::given_back::GivenBack;
 use crate::addr::RemoteAddr;
 use crate::capture::{
-    Allocation, AllocatorKind, CaptureWriter, Displaced, DropReason, Free, FreeUnknown, LiveSet, StackId,
-    Unmap,
+    Allocation, AllocatorKind, CaptureWriter, Displaced, DropReason, Free, FreeUnknown, LiveSet, Snapshot,
+    SnapshotHead, StackId, Unmap,
 };
 use crate::probe::calls::Observation;
 use crate::probe::function::{Answer, Domain, Function, Member, Request};
+use std::collections::HashSet;
 
 /// Calls under way that are remembered: threads that died in one leave theirs behind.
 const MAX_UNDER_WAY: usize = 4096;
@@ -77,6 +79,8 @@ pub struct Ledger {
     under_way: Vec<UnderWay>,
     tally: Tally,
     now_ns: u64,
+    /// What came and went since the last snapshot, where snapshots are taken.
+    flows: Option<Flows>,
 }
 
 impl Ledger {
@@ -89,7 +93,25 @@ impl Ledger {
             under_way: Vec::new(),
             tally: Tally::default(),
             now_ns: 0,
+            flows: None,
         }
+    }
+
+    /// From now on what comes and goes is summed up by site, for [`Ledger::snapshot`].
+    pub fn take_snapshots(&mut self) {
+        self.flows = Some(Flows::default());
+    }
+
+    /// Writes a snapshot. `alive` are the target's threads. False if there was no room for it: what came and went stays for the next.
+    pub fn snapshot(&mut self, head: SnapshotHead, alive: &HashSet<u32>) -> Result<bool, RecordError> {
+        let Some(flows) = &mut self.flows else { return Ok(false) };
+        let mut snapshot = Snapshot { head, rows: flows.rows(&self.live, head.time_ns, alive) };
+        snapshot.settle();
+        let is_written = self.writer.keep_snapshot(snapshot)?;
+        if is_written {
+            flows.clear();
+        }
+        Ok(is_written)
     }
 
     /// Nanoseconds since recording began, true of the events that follow.
@@ -197,8 +219,15 @@ impl Ledger {
         self.given_back.allocated(address);
         let (allocator, Origin { stack, interval }) = (kind(function), origin);
         let event = Allocation { allocator, tid: tid as u32, address, size, stack, interval };
-        if let Displaced::Block(_) = self.live.allocate(&event, self.now_ns) {
-            self.tally.missed_frees += 1;
+        let displaced = self.live.allocate(&event, self.now_ns);
+        self.tally.missed_frees += u64::from(matches!(displaced, Displaced::Block(_)));
+        if let Some(flows) = &mut self.flows {
+            flows.allocated(&event);
+            match &displaced {
+                Displaced::Nothing => {}
+                Displaced::Block(block) => flows.freed(block),
+                Displaced::Mappings(parts) => flows.unmapped(parts),
+            }
         }
         Ok(self.writer.allocation(event)?)
     }
@@ -220,8 +249,10 @@ impl Ledger {
             Held::Block(address) => self.free_block(tid, function, address),
             Held::Range(address, len) => {
                 let event = Unmap { tid: tid as u32, address, len };
-                if self.live.unmap(&event).is_empty() {
-                    self.tally.unmaps_unknown += 1;
+                let parts = self.live.unmap(&event);
+                self.tally.unmaps_unknown += u64::from(parts.is_empty());
+                if let Some(flows) = &mut self.flows {
+                    flows.unmapped(&parts);
                 }
                 Ok(self.writer.unmap(event)?)
             }
@@ -238,8 +269,11 @@ impl Ledger {
 
     fn free_block(&mut self, tid: i32, function: Function, address: RemoteAddr) -> Result<(), RecordError> {
         let (deallocator, tid) = (kind(function), tid as u32);
-        if self.live.free(address).is_some() {
+        if let Some(block) = self.live.free(address) {
             self.given_back.freed(address);
+            if let Some(flows) = &mut self.flows {
+                flows.freed(&block);
+            }
             Ok(self.writer.free(Free { deallocator, tid, address })?)
         } else if function == Function::Free && self.given_back.holds(address) {
             self.tally.freed_again += 1;

@@ -6,7 +6,9 @@
 pub mod aged;
 pub mod agent;
 pub mod clock;
+pub mod control;
 pub mod examine;
+pub mod flows;
 pub mod given_back;
 mod graves;
 pub mod guard;
@@ -20,6 +22,8 @@ pub mod plant;
 pub mod reconcile;
 pub mod record;
 pub mod room;
+pub mod schedule;
+pub mod snapshots;
 pub mod source;
 mod stripes;
 pub mod target_state;

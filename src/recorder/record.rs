@@ -10,10 +10,11 @@ use super::header::{PAGE_SIZE, executable, header, unix_ns};
 use super::ledger::{Ledger, Tally};
 use super::plant::{self, JumpOptions};
 use super::room::{self, OomWatch};
+use super::snapshots::{SnapshotOptions, Snapshots};
 use super::source::{RecordSource, SourceCounts, SourceEvent, enter};
 use super::thread_names::ThreadNames;
 use super::trap::{StackReader, TrapSource};
-use crate::capture::{CaptureWriter, Counters, EndReason, Header, Trailer};
+use crate::capture::{CaptureWriter, Counters, EndReason, Header, SnapshotReason, Trailer};
 use crate::cpython::Python;
 use crate::inferior::error::TraceError;
 use crate::inferior::handle::Handle;
@@ -57,6 +58,8 @@ pub struct RecordOptions {
     pub unsafe_trap: bool,
     /// How the jump kind records; `None` for the trap kind.
     pub jump: Option<JumpOptions>,
+    /// Take snapshots of what is live.
+    pub snapshots: Option<SnapshotOptions>,
 }
 
 /// What the caller is told while it goes on.
@@ -97,6 +100,8 @@ pub struct Summary {
     pub left: LeftBehind,
     /// Bytes of the capture.
     pub file_bytes: u64,
+    /// Snapshots that were taken, and those of them that are in the capture.
+    pub snapshots: Option<(u32, usize)>,
     /// Why recording ended early, when it did by an error. The target was let go all the same.
     pub failed: Option<String>,
 }
@@ -110,7 +115,7 @@ pub fn record(options: &RecordOptions, observer: &mut dyn Observer) -> Result<Su
     let (python, libc) = (&examined.python.version, examined.libc_name());
     tracing::info!(pid = options.pid, %python, libc, "the process is understood");
     sys::install_stop_signals(TICK).map_err(TraceError::Wait)?;
-    let mut output = Output::prepare(options, header(&examined, options.jump.as_ref()))?;
+    let mut output = Output::prepare(options, header(&examined, options))?;
     // The session is made where the attach succeeded: neither kind's source is small.
     let ended = match &options.jump {
         Some(jump) => attach_jumps(options, jump, &examined, &mut output)
@@ -257,6 +262,7 @@ pub(super) fn test_layout(inferior: &mut Inferior, python: &Python) -> Result<()
 struct Session<'a, S> {
     source: S,
     ledger: Ledger,
+    snapshots: Option<Snapshots>,
     names: ThreadNames,
     oom: OomWatch,
     options: &'a RecordOptions,
@@ -265,6 +271,8 @@ struct Session<'a, S> {
     flushed: Instant,
     told: Option<Instant>,
     events_until_look: u32,
+    /// Looks of the source that had told everything found before.
+    idles: u64,
 }
 
 /// Why the loop ended.
@@ -285,6 +293,7 @@ impl<'a, S: RecordSource> Session<'a, S> {
         Self {
             source,
             ledger: Ledger::new(writer, PAGE_SIZE),
+            snapshots: None,
             names: ThreadNames::default(),
             oom: OomWatch::start(options.pid),
             options,
@@ -293,6 +302,7 @@ impl<'a, S: RecordSource> Session<'a, S> {
             flushed: now,
             told: None,
             events_until_look: EVENTS_PER_LOOK,
+            idles: 0,
         }
     }
 
@@ -312,6 +322,9 @@ impl<'a, S: RecordSource> Session<'a, S> {
     }
 
     fn drain(&mut self, observer: &mut dyn Observer) -> End {
+        if let Err(error) = self.begin_snapshots() {
+            return End::Failed(error);
+        }
         loop {
             let event = match self.source.next() {
                 Ok(event) => event,
@@ -331,6 +344,7 @@ impl<'a, S: RecordSource> Session<'a, S> {
                 SourceEvent::Executed => return End::Executed,
                 SourceEvent::Ended(event) => return End::Gone(reason(event)),
                 SourceEvent::Idle => {
+                    self.idles += 1;
                     self.events_until_look = 1;
                     Ok(())
                 }
@@ -349,6 +363,14 @@ impl<'a, S: RecordSource> Session<'a, S> {
                 Err(error) => return End::Failed(error),
             }
         }
+    }
+
+    fn begin_snapshots(&mut self) -> Result<(), RecordError> {
+        let RecordOptions { pid, output, snapshots: Some(options), .. } = self.options else { return Ok(()) };
+        let mut snapshots = Snapshots::begin(options, *pid, output, &mut self.ledger)?;
+        snapshots.take(SnapshotReason::Start, self.start.elapsed(), &mut self.ledger)?;
+        self.snapshots = Some(snapshots);
+        Ok(())
     }
 
     fn on_call(&mut self, tid: i32, observation: Observation, interval: u64) -> Result<(), RecordError> {
@@ -374,6 +396,13 @@ impl<'a, S: RecordSource> Session<'a, S> {
             let (python, memory) = (self.source.python(), self.source.memory());
             self.names.look_again(self.options.pid, python, memory, &mut self.ledger, now)?;
         }
+        match &mut self.snapshots {
+            Some(snapshots) => snapshots.look(now, elapsed, self.idles, &mut self.ledger)?,
+            None if sys::snapshot_asked() => {
+                tracing::warn!("SIGUSR1: no snapshots are taken; `attach --snapshot-every TIME` takes them");
+            }
+            None => {}
+        }
         if self.told.is_none_or(|told| now - told >= PROGRESS_EVERY) {
             self.told = Some(now);
             observer.progress(Progress {
@@ -391,7 +420,7 @@ impl<'a, S: RecordSource> Session<'a, S> {
 
     /// Lets go of the target, whatever happened, then ends the capture.
     fn close(self, end: End) -> Result<Summary, RecordError> {
-        let Self { source, mut ledger, oom, start, options, .. } = self;
+        let Self { source, mut ledger, mut snapshots, oom, start, options, .. } = self;
         let elapsed = start.elapsed();
         let unreadable_stacks = source.unreadable_stacks();
         let (mut counts, mut failed) = (source.counts(), None);
@@ -415,7 +444,15 @@ impl<'a, S: RecordSource> Session<'a, S> {
                 finished.left
             }
         };
+        // Whatever ended it, what is live is ours.
+        if let Some(snapshots) = &mut snapshots
+            && let Err(error) = snapshots.take(SnapshotReason::End, elapsed.max(start.elapsed()), &mut ledger)
+        {
+            failed.get_or_insert(error);
+        }
+        let snapshots = snapshots.map(|snapshots| (snapshots.taken(), ledger.writer().snapshots_kept()));
         let summary = finish(ledger, reason, elapsed, left, (unreadable_stacks, counts));
+        let summary = summary.map(|summary| Summary { snapshots, ..summary });
         match (failed, summary) {
             (Some(error), Ok(summary)) => Ok(Summary { failed: Some(error.to_string()), ..summary }),
             (Some(error), Err(_)) => Err(error),
@@ -466,7 +503,17 @@ fn finish(
         counters,
     };
     writer.finish(trailer)?;
-    Ok(Summary { reason, elapsed, counters, tally, unreadable_stacks, left, file_bytes, failed: None })
+    Ok(Summary {
+        reason,
+        elapsed,
+        counters,
+        tally,
+        unreadable_stacks,
+        left,
+        file_bytes,
+        snapshots: None,
+        failed: None,
+    })
 }
 
 /// What a panic said.

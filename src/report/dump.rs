@@ -40,6 +40,10 @@ impl From<serde_json::Error> for DumpError {
 /// The allocations of a capture of which something was left at its end, by their number in the order of the
 /// file, from 0. Holds what is live, no more.
 pub fn not_freed(reader: CaptureReader) -> Result<HashSet<u32>, DumpError> {
+    if reader.header().aggregated {
+        let what = "was not freed";
+        return Err(CaptureError::NoEventLog { path: reader.path().to_owned(), what }.into());
+    }
     let mut live = LiveSet::new(reader.header().page_size);
     let mut number = 0;
     for record in reader {

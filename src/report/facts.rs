@@ -4,7 +4,7 @@
 
 use super::figures::{Figures, is_false};
 use super::text::{counted, duration, escaped, number, size, timestamp};
-use crate::analysis::{Findings, Totals, View};
+use crate::analysis::{Findings, OfSnapshot, Totals, View};
 use crate::capture::{CutShort, Damage, EndReason, Header, LibcFacts, PythonFacts, Trailer};
 use serde::Serialize;
 use std::io::{self, Write};
@@ -44,8 +44,9 @@ struct Sampling {
     seed: Option<u64>,
     max_cpu_percent: Option<f64>,
     samples: u64,
-    least_interval_bytes: u64,
-    largest_interval_bytes: u64,
+    /// `None` without an event log: which sample was drawn with which is not known.
+    least_interval_bytes: Option<u64>,
+    largest_interval_bytes: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -71,6 +72,19 @@ pub(super) struct Shown {
     #[serde(skip_serializing_if = "Option::is_none")]
     peak_bytes_error_95: Option<u64>,
     peak_time_ns: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    snapshot: Option<ShownSnapshot>,
+}
+
+/// The snapshot that a view is of, for JSON.
+#[derive(Serialize)]
+struct ShownSnapshot {
+    index: u32,
+    reason: &'static str,
+    time_ns: u64,
+    unix_ns: u64,
+    /// Snapshots in the capture.
+    of: usize,
 }
 
 impl<'a> Facts<'a> {
@@ -94,7 +108,7 @@ impl<'a> Facts<'a> {
             complete: findings.trailer.is_some(),
             cut_short: findings.cut.as_ref().map(|cut| Cut { offset: cut.offset, why: &cut.why }),
             damaged_chunks: findings.damage.chunks,
-            dropped_events: missing.dropped,
+            dropped_events: missing.dropped.saturating_add(missing.unlogged),
             gaps: missing.gaps,
             gap_ns: missing.gap_ns,
             missed_frees: missing.missed_frees,
@@ -111,8 +125,8 @@ impl Sampling {
             seed: header.sampling_seed,
             max_cpu_percent: header.max_cpu_percent,
             samples: samples.count,
-            least_interval_bytes: samples.least_interval,
-            largest_interval_bytes: samples.largest_interval,
+            least_interval_bytes: findings.of_snapshot.is_none().then_some(samples.least_interval),
+            largest_interval_bytes: findings.of_snapshot.is_none().then_some(samples.largest_interval),
         })
     }
 }
@@ -138,6 +152,13 @@ impl Shown {
             peak_bytes: findings.peak.bytes(),
             peak_bytes_error_95: figures.bytes_error(&findings.peak),
             peak_time_ns: findings.peak_time_ns,
+            snapshot: findings.of_snapshot.map(|OfSnapshot { shown, count }| ShownSnapshot {
+                index: shown.head.index,
+                reason: shown.head.reason.name(),
+                time_ns: shown.head.time_ns,
+                unix_ns: shown.head.unix_ns,
+                of: count,
+            }),
         }
     }
 }
@@ -153,6 +174,16 @@ pub(super) fn total(findings: &Findings) -> Totals {
 
 /// What the view shows, in words.
 pub(super) fn view_text(findings: &Findings) -> String {
+    if let Some(OfSnapshot { shown, count }) = &findings.of_snapshot {
+        let at = timestamp(shown.head.unix_ns);
+        let of = counted(*count as u64, "snapshot");
+        return match findings.view {
+            View::Leaks => {
+                format!("Allocated while recording and live at the snapshot of {at}, the last of {of}")
+            }
+            _ => format!("Live at the snapshot of {at}, the highest of {of}"),
+        };
+    }
     match findings.view {
         View::HighWaterMark => {
             format!("Live at the high-water mark, {} after the start", duration(findings.peak_time_ns))
@@ -196,6 +227,9 @@ pub(super) fn write_run(findings: &Findings, out: &mut dyn Write) -> io::Result<
     writeln!(out, "Recorded {}; ended: {ended}", duration(run_duration(findings)))?;
     if let Some(line) = sampling_text(findings) {
         writeln!(out, "{line}")?;
+    }
+    if findings.header.aggregated && findings.of_snapshot.is_none() {
+        writeln!(out, "note: there is no snapshot in it")?;
     }
     for warning in warnings(findings) {
         writeln!(out, "warning: {warning}")?;
@@ -260,6 +294,15 @@ fn warnings(findings: &Findings) -> Vec<String> {
     let mut warnings = file_warnings(findings.cut.as_ref(), &findings.damage);
     if missing.dropped > 0 {
         warnings.push(format!("{} were dropped while recording", counted(missing.dropped, "event")));
+    }
+    if missing.unlogged > 0 {
+        let events = counted(missing.unlogged, "event");
+        let rest = if matches!(findings.view, View::Temporary(_)) {
+            "they are missing"
+        } else {
+            "figures are of snapshots"
+        };
+        warnings.push(format!("the event log was full: {events} are not in it, {rest}"));
     }
     if missing.gaps > 0 {
         let gaps = counted(missing.gaps, "gap");

@@ -31,7 +31,8 @@ struct Document<'a> {
     frees: u64,
     /// `None` if sampled: those of blocks that were not sampled are not seen.
     frees_from_before: Option<u64>,
-    unmaps: u64,
+    /// `None` if only the end could tell.
+    unmaps: Option<u64>,
     failed_allocations: Option<u64>,
     distinct_stacks: usize,
     peak_bytes: u64,
@@ -154,8 +155,8 @@ fn document<'a>(
         total_allocations: findings.statistics.allocated.count(),
         total_bytes: findings.statistics.allocated.bytes(),
         frees: findings.freed.count(),
-        frees_from_before: (!figures.estimated).then_some(findings.frees_from_before),
-        unmaps: findings.unmaps,
+        frees_from_before: (!figures.estimated && is_counted(findings)).then_some(findings.frees_from_before),
+        unmaps: is_counted(findings).then_some(findings.unmaps),
         failed_allocations: counters.map(|c| c.failed_allocations).filter(|_| !figures.estimated),
         distinct_stacks: findings.statistics.distinct_stacks(),
         peak_bytes: findings.peak.bytes(),
@@ -189,6 +190,11 @@ fn document<'a>(
     }
 }
 
+/// Without an event log it is the trailer that has the numbers of some events.
+fn is_counted(findings: &Findings) -> bool {
+    findings.of_snapshot.is_none() || findings.trailer.is_some()
+}
+
 fn document_errors(findings: &Findings) -> Option<DocumentErrors> {
     let figures = Figures::of(findings);
     let (allocated, live) = (&findings.statistics.allocated, &findings.live);
@@ -207,7 +213,9 @@ fn write_totals(findings: &Findings, out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "\nAllocated: {}", figures.amount(&findings.statistics.allocated, "allocation"))?;
     let freed = figures.counted(&findings.freed, "block");
     let unmaps = counted(findings.unmaps, "unmap");
-    if figures.estimated {
+    if !is_counted(findings) {
+        writeln!(out, "Freed: {freed}")?;
+    } else if figures.estimated {
         // Of blocks from before, and of calls that failed, a sampled capture knows nothing.
         writeln!(out, "Freed: {freed}, {unmaps}")?;
     } else {
@@ -219,10 +227,12 @@ fn write_totals(findings: &Findings, out: &mut dyn Write) -> io::Result<()> {
         }
     }
     let peak = figures.bytes(&findings.peak);
-    writeln!(out, "Peak: {peak} live after {}", duration(findings.peak_time_ns))?;
+    let of = if findings.of_snapshot.is_some() { ", the highest of the snapshots" } else { "" };
+    writeln!(out, "Peak: {peak} live after {}{of}", duration(findings.peak_time_ns))?;
+    let end = if findings.of_snapshot.is_some() { "At the last snapshot" } else { "At the end" };
     writeln!(
         out,
-        "At the end: {} live in {}",
+        "{end}: {} live in {}",
         figures.bytes(&findings.live),
         figures.counted(&findings.live, "block")
     )?;
@@ -232,6 +242,9 @@ fn write_totals(findings: &Findings, out: &mut dyn Write) -> io::Result<()> {
 fn write_histogram(findings: &Findings, out: &mut dyn Write) -> io::Result<()> {
     let bins = findings.statistics.size_histogram();
     let figures = Figures::of(findings);
+    if findings.of_snapshot.is_some() {
+        return writeln!(out, "\nSizes: not known without an event log (`attach --events`)");
+    }
     let most = bins.iter().map(|bin| bin.totals.count()).max().unwrap_or(0).max(1);
     writeln!(out, "\nSizes")?;
     for bin in bins {

@@ -10,6 +10,7 @@ pub mod heaptap;
 pub mod kind;
 pub mod pointers;
 pub mod pythons;
+pub mod sites;
 pub mod snapshot;
 pub mod target;
 pub mod truth;

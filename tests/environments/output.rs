@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::a_few;
 use crate::common::heaptap::report;
+use crate::common::sites::{moments, over_all};
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
 use crate::common::{Recording, Snapshot, Target, for_each_kind, pythons, skipped};
@@ -136,6 +137,56 @@ fn a_disk_that_runs_full_ends_the_recording_and_not_the_target() {
             "stats don't tell of the cut:\n{stats}"
         );
     });
+}
+
+#[test]
+fn a_disk_that_is_full_for_a_while_costs_snapshots_nothing() {
+    let disk = match SmallDisk::mount() {
+        Ok(disk) => disk,
+        Err(why) => {
+            return skipped(&format!("a disk that is full for a while: cannot mount a small tmpfs ({why})"));
+        }
+    };
+    let mut target = Target::start(&pythons()[0], "libc_blocks.py");
+    let before = Snapshot::take(target.pid());
+    let path = disk.path("c.heaptap");
+    let recording =
+        Recording::try_attach_to(target.pid(), &path, &["--snapshot-every", "1h", "--exact"]).unwrap();
+    fs::write(disk.path("filler"), vec![0; 1 << 20]).expect_err("the disk is larger than asked for");
+    target.go();
+    let pid = target.pid().to_string();
+    let ask = || crate::common::heaptap().args(["snapshot", "--pid", &pid]).output().unwrap();
+    // The last page of the file has some room left.
+    let mut written = 0;
+    let refused = loop {
+        let answer = ask();
+        if answer.status.code() != Some(0) {
+            break answer;
+        }
+        written += 1;
+        assert!(written < 50, "the disk is not full");
+    };
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("disk is full"));
+    assert_eq!(ask().status.code(), Some(1));
+    fs::remove_file(disk.path("filler")).unwrap();
+    assert_eq!(ask().status.code(), Some(0));
+    let truth = target.go();
+    let capture = recording.stop();
+    capture.assert_code(0);
+    // Said once, and once that it is over.
+    let said = |what| capture.stderr.matches(what).count();
+    assert_eq!((said("recording goes on in memory"), said("again")), (1, 1), "{}", capture.stderr);
+    let found = moments(&path);
+    let reasons: Vec<&str> = found.iter().map(|moment| moment.reason.as_str()).collect();
+    let asked = vec!["asked"; written + 1];
+    assert_eq!(reasons, [&["start"][..], &asked, &["end"]].concat());
+    let leaking =
+        truth["records"].as_array().unwrap().iter().find(|claim| claim["function"] == "leaking").unwrap();
+    let (blocks, size) = (2 * leaking["count"].as_u64().unwrap(), leaking["size"].as_u64().unwrap());
+    let [live, allocated, freed] = over_all(&found, "leaking", leaking["line"].as_u64().unwrap());
+    assert_eq!((live, allocated, freed), ((blocks * size, blocks), (blocks * size, blocks), (0, 0)));
+    assert_left_no_trace(&before, &mut target);
 }
 
 fn has_ended(pid: i32) -> bool {

@@ -1,7 +1,7 @@
 //! A capture made from a fixed script of events, and the tools to run heaptap on files.
 //!
-//! The scripts are what the golden captures were made from, [`shop`] `v1.heaptap` and [`shop_sampled`] `v2.heaptap`: they
-//! may not change, only grow siblings.
+//! The scripts are what the golden captures were made from, [`shop`] `v1.heaptap`, [`shop_sampled`] `v2.heaptap` and
+//! [`shop_snapshots`] `v4.heaptap`: they may not change, only grow siblings.
 #![allow(dead_code)] // each test binary uses a part of this
 
 pub mod use_up;
@@ -10,7 +10,8 @@ use assert_cmd::Command;
 use heaptap::addr::RemoteAddr;
 use heaptap::capture::{
     Allocation, AllocatorKind, BreakpointKind, CaptureWriter, Counters, EndReason, EntryPoint, Free,
-    FreeUnknown, Header, LibcFacts, LiveSet, Module, PythonFacts, StackId, Trailer, Unmap,
+    FreeUnknown, Header, Keep, LibcFacts, LiveSet, Module, PythonFacts, SiteState, Snapshot, SnapshotHead,
+    SnapshotReason, StackId, Totals, Trailer, Unmap,
 };
 use std::path::Path;
 
@@ -51,6 +52,8 @@ pub fn header() -> Header {
         sampling_mean_bytes: None,
         sampling_seed: None,
         max_cpu_percent: None,
+        aggregated: false,
+        snapshot_every_ns: None,
         entry_points: vec![EntryPoint {
             name: "malloc".into(),
             module: "/lib/x86_64-linux-gnu/libc.so.6".into(),
@@ -266,4 +269,68 @@ pub fn shop_sampled_events(script: &mut Script) {
     script.at_ms(1900);
     script.unmap(WORKER, 0x7f40_0a00_0000, 64 << 10);
     script.free(Free, WORKER, 0x7f20_0a00_0000);
+}
+
+/// The same server for five hours, in snapshots alone: the cache grows by 8 MiB an hour and the parser lets go of all. Only three
+/// are kept, so what came by those that were thinned out is with the others.
+pub fn shop_snapshots(path: &Path) {
+    const HOUR: u64 = 3600;
+    let header =
+        Header { aggregated: true, snapshot_every_ns: Some(HOUR * 1_000_000_000), ..sampled_header() };
+    let mut script = Script::create(path, &header);
+    script.writer.keep(Keep { snapshots: 3, max_bytes: 4 << 20 }).unwrap();
+    script.writer.define_thread(MAIN, "python3", "MainThread").unwrap();
+    script.writer.define_thread(WORKER, "python3", "worker-1").unwrap();
+    let serve = [("<module>", APP, 90), ("Server.serve", APP, 41)];
+    let put = script.stack(&[&serve[..], &[("Cache.put", CACHE, 17)]].concat());
+    let parse = script.stack(&[&serve[..], &[("JSONDecoder.decode", JSON, 337)]].concat());
+    let interval = 512 << 10;
+    let (mut entries, mut blocks) = (Totals::default(), 0);
+    for hour in 0..6 {
+        script.at_ms(hour * HOUR * 1000);
+        let (mut cached, mut parsed) = (Totals::default(), Totals::default());
+        for _ in 0..if hour == 0 { 0 } else { 16 } {
+            cached.add(Totals::one(1024, interval));
+            parsed.add(Totals::one(4000, interval));
+            blocks += 1;
+        }
+        entries.add(cached);
+        let mut cache =
+            SiteState { stack: put, tid: MAIN, live: entries, allocated: cached, ..SiteState::default() };
+        cache.ages[6].bytes = entries.bytes();
+        cache.ages[6].blocks = entries.count();
+        let parser =
+            SiteState { stack: parse, tid: MAIN, allocated: parsed, freed: parsed, ..SiteState::default() };
+        let arena = Totals::certain(1 << 20, 1);
+        let mut arenas =
+            SiteState { allocator: AllocatorKind::Mmap, tid: WORKER, live: arena, ..SiteState::default() };
+        arenas.allocated = if hour == 0 { arena } else { Totals::default() };
+        let reason = match hour {
+            0 => SnapshotReason::Start,
+            3 => SnapshotReason::Asked,
+            5 => SnapshotReason::End,
+            _ => SnapshotReason::Tick,
+        };
+        let time_ns = hour * HOUR * 1_000_000_000;
+        let head =
+            SnapshotHead { index: hour as u32, time_ns, unix_ns: header.start_unix_ns + time_ns, reason };
+        let rows = if hour == 0 { vec![arenas] } else { vec![arenas, cache, parser] };
+        assert!(script.writer.keep_snapshot(Snapshot { head, rows }).unwrap());
+    }
+    assert_eq!(blocks, 80);
+    let counters = Counters {
+        live_bytes: (1 << 20) + entries.bytes(),
+        live_blocks: 1 + entries.count(),
+        ..Counters::default()
+    };
+    let end = trailer(&script.live);
+    let peak_live_bytes = counters.live_bytes;
+    script
+        .writer
+        .finish(Trailer {
+            duration_ns: 5 * HOUR * 1_000_000_000,
+            counters: Counters { peak_live_bytes, ..counters },
+            ..end
+        })
+        .unwrap();
 }
