@@ -6,6 +6,7 @@
 
 mod call_tree;
 mod functions;
+mod gauges;
 mod high_water_mark;
 mod replay;
 mod site;
@@ -16,6 +17,7 @@ mod temporary;
 pub use crate::capture::Totals;
 pub use call_tree::{CallTree, NodeTotals};
 pub use functions::{FunctionRow, functions};
+pub use gauges::{GaugeSeries, Growth, gauge_series};
 pub use high_water_mark::HighWaterMark;
 pub use replay::{Findings, Missing, Replay, Samples, View, analyse};
 pub use site::{Site, SiteTotals};

@@ -63,8 +63,12 @@ gauges! {
     collections_2,
     /// The least memory limit of its cgroups.
     limit,
-    /// What the cgroup with that limit uses.
+    /// What the cgroup with that limit uses, without what the kernel can drop at once.
     limit_used,
+    /// What the C library's heap has from the kernel: what it handed out and what it holds.
+    heap_held,
+    /// What of pymalloc's arenas is in pools that hold a block.
+    pools,
 }
 
 /// The content of a chunk with these.

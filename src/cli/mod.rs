@@ -12,6 +12,7 @@ mod doctor;
 mod dump;
 mod events;
 mod flamegraph;
+mod gauges;
 mod log;
 mod parse;
 mod snapshot;
@@ -63,6 +64,7 @@ enum Verb {
     Tree(tree::Args),
     Stats(stats::Args),
     Flamegraph(flamegraph::Args),
+    Gauges(gauges::Args),
     Dump(dump::Args),
 }
 
@@ -80,6 +82,7 @@ impl Cli {
             Verb::Tree(args) => args.run(),
             Verb::Stats(args) => args.run(),
             Verb::Flamegraph(args) => args.run(),
+            Verb::Gauges(args) => args.run(),
             Verb::Dump(args) => args.run(),
         }
     }

@@ -11,11 +11,27 @@ const MAX_INSTRUCTIONS: usize = 24;
 
 /// The first instructions of the function at `addr`.
 pub fn instructions(memory: &dyn RemoteMemory, addr: RemoteAddr, max_bytes: usize) -> Vec<Instruction> {
+    let mut decoded = decoded(memory, addr, max_bytes);
+    decoded.truncate(MAX_INSTRUCTIONS);
+    decoded
+}
+
+fn decoded(memory: &dyn RemoteMemory, addr: RemoteAddr, max_bytes: usize) -> Vec<Instruction> {
     // Never past the end of the mapping: shorten until it can be read.
     let bytes =
         (1..=max_bytes).rev().step_by(16).find_map(|len| memory.read_vec(addr, len).ok()).unwrap_or_default();
     let decoder = Decoder::with_ip(64, &bytes, addr.0, DecoderOptions::NONE);
-    decoder.into_iter().take_while(|i| !i.is_invalid()).take(MAX_INSTRUCTIONS).collect()
+    decoder.into_iter().take_while(|i| !i.is_invalid()).collect()
+}
+
+/// What the function at `addr` loads from addresses relative to its instructions, and how many bytes of it: among `max_bytes` of
+/// code.
+pub fn loads(memory: &dyn RemoteMemory, addr: RemoteAddr, max_bytes: usize) -> Vec<(RemoteAddr, usize)> {
+    let relative = |i: &Instruction| {
+        i.mnemonic() == Mnemonic::Mov && i.op1_kind() == OpKind::Memory && i.is_ip_rel_memory_operand()
+    };
+    let loads = decoded(memory, addr, max_bytes).into_iter().filter(relative);
+    loads.map(|i| (RemoteAddr(i.ip_rel_memory_address()), i.memory_size().size())).collect()
 }
 
 /// How a function gets at a thread-local variable that it returns.

@@ -10,6 +10,7 @@ pub mod binary;
 pub mod code;
 pub mod code_dealloc;
 pub mod code_text;
+pub mod collector;
 mod disasm;
 pub mod frame;
 pub mod layout;
@@ -17,6 +18,7 @@ pub mod line_table;
 mod locate;
 pub mod object;
 pub mod page_cache;
+pub mod pymalloc;
 pub mod self_test;
 pub mod text;
 pub mod thread_state;
@@ -28,10 +30,12 @@ pub use arenas::{ArenaAllocator, NoArenaAllocator};
 pub use binary::{Binary, Span};
 pub use code::{CodeTable, Location};
 pub use code_dealloc::CodeDeallocError;
+pub use collector::Collections;
 pub use frame::{RawFrame, Walk, WalkError};
 pub use layout::{Layout, LayoutError};
 pub use locate::LocateError;
 pub use page_cache::PageCache;
+pub use pymalloc::{Arenas, Pymalloc};
 pub use self_test::SelfTest;
 pub use threads::PyThread;
 pub use version::{Evidence, Flavour, PythonVersion};
@@ -85,6 +89,12 @@ impl Python {
     /// The thread state that is finalizing the runtime; NULL while the runtime lives.
     pub fn finalizing(&self, memory: &dyn RemoteMemory) -> Result<RemoteAddr, ReadError> {
         memory.read_ptr(self.runtime.offset(self.layout.runtime_state.finalizing))
+    }
+
+    /// The main interpreter: the one with number 0, the last of the list.
+    fn main_interpreter(&self, memory: &dyn RemoteMemory) -> Result<RemoteAddr, ReadError> {
+        let interpreters = thread_state::interpreters(memory, &self.layout, self.runtime)?;
+        Ok(interpreters.last().copied().unwrap_or(RemoteAddr::NULL))
     }
 
     /// The thread's own state; `None` for a thread without one, and for one whose state may be gone because the runtime is being
@@ -151,6 +161,16 @@ impl Python {
         binaries: &[&dyn Binary],
     ) -> Result<ArenaAllocator, NoArenaAllocator> {
         arenas::find(memory, binaries, self)
+    }
+
+    /// How often the garbage collector has run: where that is counted, if the version does so where it is looked for.
+    pub fn collections(&self, memory: &dyn RemoteMemory) -> Result<Option<Collections>, ReadError> {
+        Collections::find(memory, self)
+    }
+
+    /// pymalloc, if it is in use and can be found. `binaries` as for [`Python::locate`].
+    pub fn pymalloc(&self, memory: &dyn RemoteMemory, binaries: &[&dyn Binary]) -> Option<Pymalloc> {
+        Pymalloc::find(memory, binaries, self)
     }
 
     /// The word that points to the function which frees code objects, and what it holds. `binaries` as for [`Python::locate`].

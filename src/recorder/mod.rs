@@ -9,6 +9,7 @@ pub mod clock;
 pub mod control;
 pub mod examine;
 pub mod flows;
+pub mod gauges;
 pub mod given_back;
 mod graves;
 pub mod guard;

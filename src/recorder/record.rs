@@ -6,6 +6,7 @@
 use super::RecordError;
 use super::agent::AgentSource;
 use super::examine::{Examined, Kind, examine};
+use super::gauges::{GaugeReader, Instruments};
 use super::header::{PAGE_SIZE, executable, header, unix_ns};
 use super::ledger::{Ledger, Tally};
 use super::plant::{self, JumpOptions};
@@ -116,12 +117,15 @@ pub fn record(options: &RecordOptions, observer: &mut dyn Observer) -> Result<Su
     tracing::info!(pid = options.pid, %python, libc, "the process is understood");
     sys::install_stop_signals(TICK).map_err(TraceError::Wait)?;
     let mut output = Output::prepare(options, header(&examined, options))?;
+    let instruments = Instruments::of(&examined);
     // The session is made where the attach succeeded: neither kind's source is small.
     let ended = match &options.jump {
-        Some(jump) => attach_jumps(options, jump, &examined, &mut output)
-            .map(|(source, writer)| Session::new(source, writer, options, &examined).run(observer)),
-        None => attach(options, &examined, &mut output)
-            .map(|(source, writer)| Session::new(source, writer, options, &examined).run(observer)),
+        Some(jump) => attach_jumps(options, jump, &examined, &mut output).map(|(source, writer)| {
+            Session::new(source, writer, options, &examined).run(instruments, observer)
+        }),
+        None => attach(options, &examined, &mut output).map(|(source, writer)| {
+            Session::new(source, writer, options, &examined).run(instruments, observer)
+        }),
     };
     ended.unwrap_or_else(|error| {
         output.discard();
@@ -265,6 +269,7 @@ struct Session<'a, S> {
     snapshots: Option<Snapshots>,
     names: ThreadNames,
     oom: OomWatch,
+    gauges: Option<GaugeReader>,
     options: &'a RecordOptions,
     examined: &'a Examined,
     start: Instant,
@@ -296,6 +301,7 @@ impl<'a, S: RecordSource> Session<'a, S> {
             snapshots: None,
             names: ThreadNames::default(),
             oom: OomWatch::start(options.pid),
+            gauges: None,
             options,
             examined,
             start: now,
@@ -306,12 +312,13 @@ impl<'a, S: RecordSource> Session<'a, S> {
         }
     }
 
-    fn run(mut self, observer: &mut dyn Observer) -> Result<Summary, RecordError> {
+    fn run(mut self, instruments: Instruments, observer: &mut dyn Observer) -> Result<Summary, RecordError> {
         let end = match self.source.start() {
             Ok(()) => {
                 // A panic (ours, or the observer's) must not leave the target with our probes in it.
                 let drained = catch_unwind(AssertUnwindSafe(|| {
                     observer.recording(self.examined);
+                    self.take_gauges(instruments);
                     self.drain(observer)
                 }));
                 drained.unwrap_or_else(|panic| End::Failed(RecordError::Panicked { what: words(&*panic) }))
@@ -373,6 +380,14 @@ impl<'a, S: RecordSource> Session<'a, S> {
         Ok(())
     }
 
+    /// Gauges are beside the point: without them recording goes on.
+    fn take_gauges(&mut self, instruments: Instruments) {
+        match GaugeReader::start(instruments, self.start) {
+            Ok(gauges) => self.gauges = Some(gauges),
+            Err(error) => tracing::warn!("no gauges are taken: {error}"),
+        }
+    }
+
     fn on_call(&mut self, tid: i32, observation: Observation, interval: u64) -> Result<(), RecordError> {
         if S::COUNTS_CALLS {
             let (python, memory) = (self.source.python(), self.source.memory());
@@ -403,6 +418,9 @@ impl<'a, S: RecordSource> Session<'a, S> {
             }
             None => {}
         }
+        if let Some(gauges) = &mut self.gauges {
+            gauges.look(&mut self.ledger)?;
+        }
         if self.told.is_none_or(|told| now - told >= PROGRESS_EVERY) {
             self.told = Some(now);
             observer.progress(Progress {
@@ -420,8 +438,10 @@ impl<'a, S: RecordSource> Session<'a, S> {
 
     /// Lets go of the target, whatever happened, then ends the capture.
     fn close(self, end: End) -> Result<Summary, RecordError> {
-        let Self { source, mut ledger, mut snapshots, oom, start, options, .. } = self;
+        let Self { source, mut ledger, mut snapshots, gauges, oom, start, options, .. } = self;
         let elapsed = start.elapsed();
+        let still_there = matches!(end, End::Detach(_) | End::Failed(_));
+        let gauges = gauges.map_or(Ok(()), |gauges| gauges.finish(still_there, &mut ledger));
         let unreadable_stacks = source.unreadable_stacks();
         let (mut counts, mut failed) = (source.counts(), None);
         let (reason, leaving) = match end {
@@ -434,6 +454,8 @@ impl<'a, S: RecordSource> Session<'a, S> {
                 (EndReason::ControllerError { message }, Leaving::Lift)
             }
         };
+        // A capture that can't be written is no reason to stay in the target.
+        failed = failed.or(gauges.err());
         let left = match leaving {
             Leaving::Nothing => LeftBehind::default(),
             Leaving::Detach => source.abandon().map(|()| LeftBehind::default())?,

@@ -9,6 +9,7 @@ mod dump_moments;
 mod facts;
 mod figures;
 mod flamegraph;
+mod gauges;
 mod names;
 mod stats;
 mod summary;
@@ -18,6 +19,7 @@ mod tree;
 
 pub use facts::Facts;
 pub use flamegraph::FlameGraph;
+pub use gauges::{GaugesFormat, write_gauges};
 pub use stats::Stats;
 pub use summary::{Summary, SummaryOrder};
 pub use table::Table;

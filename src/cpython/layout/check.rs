@@ -18,6 +18,7 @@ const FIELDS: &[(&str, &[(&str, u64)])] = &[
             ("interpreters_head", 8),
             ("auto_tss_key", 8),
             ("tstate_current", 8),
+            ("gc", 8),
             ("allocators_raw", 40),
             ("allocators_mem", 40),
             ("allocators_obj", 40),
@@ -32,6 +33,8 @@ const FIELDS: &[(&str, &[(&str, u64)])] = &[
             ("threads_head", 8),
             ("imports_modules", 8),
             ("sysdict", 8),
+            ("gc", 8),
+            ("obmalloc", 8),
             ("ceval_gil", 8),
             ("gil_runtime_state_holder", 8),
             ("gil_runtime_state_locked", 4),
@@ -81,6 +84,10 @@ const FIELDS: &[(&str, &[(&str, u64)])] = &[
     ("bytes_object", &[("ob_size", 8), ("ob_sval", 1)]),
     ("unicode_object", &[("state", 4), ("length", 8), ("data", 8)]),
     ("dict_object", &[("ma_keys", 8), ("ma_values", 8)]),
+    ("collector", &[("collections", 8), ("collecting", 4)]),
+    ("obmalloc", &[("arenas", 8), ("maxarenas", 4)]),
+    ("arena_object", &[("address", 8), ("pool_address", 8), ("nfreepools", 4), ("ntotalpools", 4)]),
+    ("pool_header", &[("ref", 4), ("szidx", 4)]),
 ];
 
 /// Names that a file may state besides [`FIELDS`].
@@ -105,6 +112,7 @@ const OTHERS: &[(&str, &[&str])] = &[
     ),
     ("dict_values", &["values"]),
     ("module_object", &["md_dict"]),
+    ("collector", &["stats_size"]),
 ];
 
 /// The first name in a file's tables that nothing knows: a misspelt field must not pass for an absent one.

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
 
 /// The only schema there is.
-const SCHEMA: u64 = 1;
+const SCHEMA: u64 = 2;
 
 /// What to do with a patch release that was not measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -158,6 +158,11 @@ impl LayoutFile {
             dict_keys: read.table("dict_keys")?,
             dict_values: read.optional("dict_values")?,
             module_object: read.table("module_object")?,
+            collector: read.optional("collector")?,
+            gc: read.optional("gc")?,
+            obmalloc: read.optional("obmalloc")?,
+            arena_object: read.optional("arena_object")?,
+            pool_header: read.optional("pool_header")?,
             unmeasured,
             source: source.clone(),
         };
@@ -221,7 +226,7 @@ mod tests {
     #[test]
     fn wrong_files_are_errors_that_say_what() {
         let cases = [
-            (with("schema = 1", "schema = 2"), "schema 2"),
+            (with("schema = 2", "schema = 3"), "schema 3"),
             (with("patches = \"", "patches = \"x"), "FIRST..=LAST"),
             (with("thread_id = 152", "thread_id = -152"), "-152"),
             (with("thread_id = 152", "thread_id = 152\nthread_id = 152"), "duplicate"),

@@ -64,6 +64,18 @@ pub enum InstanceDict {
     InlineValues,
 }
 
+/// Where pymalloc keeps its state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ObmallocState {
+    /// In static variables (to 3.11).
+    Static,
+    /// In the interpreter (3.12).
+    Embedded,
+    /// Where the interpreter points to (3.13+).
+    Pointer,
+}
+
 /// What the offsets alone don't say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -85,6 +97,12 @@ pub struct Meaning {
     pub instance_dict: InstanceDict,
     /// How many bytes before an object its managed dict is (3.11+).
     pub managed_dict_before: Option<u64>,
+    /// Where pymalloc's state is; absent where there is mimalloc in its place.
+    pub obmalloc: Option<ObmallocState>,
+    /// Bytes of one of its arenas.
+    pub arena_bytes: Option<u64>,
+    /// Bytes of one of its pools, which lie at multiples of that.
+    pub pool_bytes: Option<u64>,
 }
 
 /// Everything known of one version and flavour, checked.
@@ -130,6 +148,16 @@ pub struct Layout {
     pub dict_values: Option<DictValues>,
     /// Modules.
     pub module_object: ModuleObject,
+    /// The garbage collector.
+    pub collector: Option<Collector>,
+    /// What the process publishes of it.
+    pub gc: Option<Gc>,
+    /// pymalloc.
+    pub obmalloc: Option<Obmalloc>,
+    /// One of its arenas.
+    pub arena_object: Option<ArenaObject>,
+    /// One of its pools.
+    pub pool_header: Option<PoolHeader>,
 }
 
 impl Layout {

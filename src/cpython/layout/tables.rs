@@ -30,6 +30,8 @@ table! {
         auto_tss_key: Option<u64>,
         /// The thread state that holds the GIL (3.8 to 3.11).
         tstate_current: Option<u64>,
+        /// The collector's state (3.8).
+        gc: Option<u64>,
         /// `PyMemAllocatorEx` of the raw domain (3.12+).
         allocators_raw: Option<u64>,
         /// The mem domain.
@@ -56,6 +58,10 @@ table! {
         imports_modules: u64,
         /// The dict of module `sys`.
         sysdict: u64,
+        /// The collector's state (3.9+).
+        gc: Option<u64>,
+        /// pymalloc's state, or a pointer to it (3.12+).
+        obmalloc: Option<u64>,
         /// Pointer to the GIL (3.12+).
         ceval_gil: Option<u64>,
         /// `gil.locked`, from the interpreter (3.13+).
@@ -270,5 +276,63 @@ table! {
     ModuleObject {
         /// The module's dict.
         md_dict: u64,
+    }
+}
+
+table! {
+    /// `struct _gc_runtime_state`, where it holds `struct gc_generation_stats` in an array (to 3.14).
+    Collector {
+        /// Collections of the youngest generation.
+        collections: u64,
+        /// `int`: whether it is at work. Published from 3.13 on, by which this table is checked.
+        collecting: u64,
+        /// From one generation to the next.
+        stats_size: u64,
+    }
+}
+
+table! {
+    /// What a process publishes of `struct _gc_runtime_state` (3.13+).
+    Gc {
+        /// `int`: whether the collector is at work.
+        collecting: u64,
+    }
+}
+
+table! {
+    /// `struct _obmalloc_state` (3.12+).
+    Obmalloc {
+        /// Pointer to the array of arenas.
+        arenas: u64,
+        /// `uint`: its length.
+        maxarenas: u64,
+    }
+}
+
+table! {
+    /// `struct arena_object`.
+    ArenaObject {
+        /// Bytes.
+        size: u64,
+        /// The arena; 0 where there is none.
+        address: u64,
+        /// The first pool of it that was never used.
+        pool_address: u64,
+        /// `uint`: pools of it that are free.
+        nfreepools: u64,
+        /// `uint`: pools of it.
+        ntotalpools: u64,
+    }
+}
+
+table! {
+    /// `struct pool_header`.
+    PoolHeader {
+        /// Bytes.
+        size: u64,
+        /// `uint`: blocks of it that are in use.
+        r#ref: u64,
+        /// `uint`: class of the size of its blocks.
+        szidx: u64,
     }
 }
