@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 failed, 2 usage (clap's), 3 the target was refused and nothing was done to it.
 
+use crate::analysis::NoSuchMoment;
 use crate::capture::CaptureError;
 use crate::cpython::LocateError;
 use crate::image::ImageError;
@@ -59,6 +60,22 @@ pub enum Error {
     /// A report could not be made.
     #[error(transparent)]
     Report(#[from] ReportError),
+    /// A capture does not have the moment that was asked for.
+    #[error(transparent)]
+    Moment(#[from] NoSuchMoment),
+    /// Arguments that don't go together.
+    #[error("{0}")]
+    Usage(&'static str),
+    /// Two moments are in the wrong order.
+    #[error(
+        "the first moment is after the second: --from is {from_s:.3} s after the start, --to {to_s:.3} s"
+    )]
+    MomentsReversed {
+        /// The first.
+        from_s: f64,
+        /// The second.
+        to_s: f64,
+    },
     /// A report's file is there already.
     #[error("{} exists already", .0.display())]
     OutputExists(PathBuf),
@@ -95,10 +112,13 @@ impl Error {
         match self {
             Self::Record(error) => record_exit(error),
             Self::CannotAttach { .. } => Exit::Refused,
+            Self::Usage(_) => Exit::Usage,
             Self::RecordingFailed { .. }
             | Self::Control(_)
             | Self::Capture(_)
             | Self::Report(_)
+            | Self::Moment(_)
+            | Self::MomentsReversed { .. }
             | Self::OutputExists(_)
             | Self::OutputNotRegular(_)
             | Self::Output { .. }
@@ -156,7 +176,14 @@ impl Error {
             Self::OutputNotRegular(_) => Some("give the name of a file with -o, or - for stdout".into()),
             Self::Output { .. } => Some("give a path you may write to with -o".into()),
             Self::Demo { .. } => Some("install a CPython 3.8 to 3.15, or name one with --python".into()),
-            Self::Report(_) | Self::Control(_) | Self::CannotAttach { .. } => None,
+            Self::Moment(_) => {
+                Some("`heaptap dump CAPTURE | grep -i snapshot` lists the snapshots of a capture".into())
+            }
+            Self::Report(_)
+            | Self::Control(_)
+            | Self::CannotAttach { .. }
+            | Self::Usage(_)
+            | Self::MomentsReversed { .. } => None,
         }
     }
 }

@@ -246,7 +246,16 @@ impl Replay {
 
 /// Reads a capture to its end. Where there is no event log, or one that ended early, the view is of a snapshot: that with most live
 /// for the high-water mark, the last one for leaks.
-pub fn analyse(mut reader: CaptureReader, view: View) -> Result<Findings, CaptureError> {
+pub fn analyse(reader: CaptureReader, view: View) -> Result<Findings, CaptureError> {
+    analyse_seeing(reader, view, |_, _| {})
+}
+
+/// The same; `see` is given every record, and the reader that has what it tells of.
+pub fn analyse_seeing(
+    mut reader: CaptureReader,
+    view: View,
+    mut see: impl FnMut(&Record, &mut CaptureReader),
+) -> Result<Findings, CaptureError> {
     let header = reader.header().clone();
     if header.aggregated && matches!(view, View::Temporary(_)) {
         let what = "was freed at once";
@@ -257,6 +266,7 @@ pub fn analyse(mut reader: CaptureReader, view: View) -> Result<Findings, Captur
     let mut last_snapshot_ns = 0;
     while let Some(record) = reader.next() {
         let record = record?;
+        see(&record, &mut reader);
         replay.observe(&record);
         if record == Record::Snapshot
             && let Some(snapshot) = reader.snapshot()

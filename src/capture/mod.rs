@@ -50,7 +50,7 @@ pub use record::{
     Allocation, DropReason, FrameId, Free, FreeUnknown, GapReason, NodeId, Record, StackId, StringId, Unmap,
 };
 pub use snapshot::{
-    AGE_LIMITS, AGES, Age, MOST_ROWS, SiteState, Snapshot, SnapshotHead, SnapshotReason, age_class,
+    AGE_LIMITS, AGES, Age, MOST_ROWS, SiteState, Snapshot, SnapshotHead, SnapshotReason, Wanted, age_class,
 };
 pub use stack_table::{FrameText, StackTable, ThreadName};
 pub use totals::Totals;

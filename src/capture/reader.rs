@@ -14,7 +14,7 @@ use super::format::{
 use super::gauges::{self, Gauges};
 use super::header::Header;
 use super::record::Record;
-use super::snapshot::{Assembler, Snapshot};
+use super::snapshot::{Assembler, Snapshot, SnapshotHead, Wanted};
 use super::stack_table::StackTable;
 use super::trailer::Trailer;
 use super::{v1, v2, v3};
@@ -168,6 +168,27 @@ impl CaptureReader {
     /// The snapshot that the last record told of, for the one who asks first.
     pub fn snapshot(&mut self) -> Option<Snapshot> {
         self.snapshot.take()
+    }
+
+    /// When and why it was taken, for everyone who asks before.
+    pub fn snapshot_head(&self) -> Option<SnapshotHead> {
+        self.snapshot.as_ref().map(|snapshot| snapshot.head)
+    }
+
+    /// What the rows of snapshots have from here on; without it, everything.
+    pub fn want(&mut self, wanted: Wanted) {
+        self.assembler.want(wanted);
+    }
+
+    /// Has a snapshot come as one [`Record::Snapshot`] for each of its parts, so that it need not be held as a whole.
+    /// Whether a snapshot is whole is then known at its last part only ([`ends_snapshot`](Self::ends_snapshot)).
+    pub fn give_parts(&mut self) {
+        self.assembler.give_parts();
+    }
+
+    /// Whether the last record was a snapshot's last part.
+    pub fn ends_snapshot(&self) -> bool {
+        self.assembler.is_at_end()
     }
 
     /// The gauges that the last record told of.

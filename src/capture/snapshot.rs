@@ -239,13 +239,53 @@ const FIGURES_MUT: [fn(&mut SiteState) -> &mut Totals; 3] =
 type Broken = &'static str;
 const ENDED: Broken = "a part of a snapshot ends too early, or a number in it is too large";
 
+/// What of the rows is wanted. What is not, is 0 in them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Wanted {
+    /// What is live.
+    pub live: bool,
+    /// What came and went.
+    pub flows: bool,
+    /// Ages.
+    pub ages: bool,
+}
+
+impl Wanted {
+    /// Everything.
+    pub const ALL: Self = Self { live: true, flows: true, ages: true };
+    /// Not even rows.
+    pub const NOTHING: Self = Self { live: false, flows: false, ages: false };
+}
+
 /// Puts snapshots together from their parts.
-#[derive(Default)]
 pub(super) struct Assembler {
     open: Option<(Snapshot, u64, u64)>,
+    wanted: Wanted,
+    in_parts: bool,
+}
+
+impl Default for Assembler {
+    fn default() -> Self {
+        Self { open: None, wanted: Wanted::ALL, in_parts: false }
+    }
 }
 
 impl Assembler {
+    /// What rows have from now on.
+    pub(super) fn want(&mut self, wanted: Wanted) {
+        self.wanted = wanted;
+    }
+
+    /// From now on [`take`](Self::take) gives each part by itself.
+    pub(super) fn give_parts(&mut self) {
+        self.in_parts = true;
+    }
+
+    /// Whether what [`take`](Self::take) gave last was the last part of its snapshot.
+    pub(super) fn is_at_end(&self) -> bool {
+        self.open.is_none()
+    }
+
     /// Takes the next part, which may use stacks up to `stacks`. The snapshot, once it is whole. A part that does not go on where
     /// the last one ended begins a new snapshot or is an error; what was open then is lost.
     pub(super) fn take(&mut self, raw: &[u8], stacks: usize) -> Result<Option<Snapshot>, Broken> {
@@ -257,21 +297,27 @@ impl Assembler {
         let (part, parts, count) = (number()?, number()?, number()?);
         let head = SnapshotHead { index, time_ns, unix_ns, reason };
         let most = (MOST_ROWS / ROWS_PER_PART) as u64;
+        let open = self.open.take();
         if part >= parts || parts > most || count > ROWS_PER_PART as u64 {
             return Err("a part of a snapshot has impossible numbers");
         }
-        let rows = rows(&mut cursor, count as usize, stacks)?;
-        let open = self
-            .open
-            .take()
-            .filter(|(snapshot, next, of)| snapshot.head == head && (*next, *of) == (part, parts));
+        let rows = match self.wanted {
+            Wanted::NOTHING => Vec::new(),
+            wanted => rows(&mut cursor, count as usize, stacks, wanted)?,
+        };
+        let open = open.filter(|(snapshot, next, of)| snapshot.head == head && (*next, *of) == (part, parts));
         let mut snapshot = match open {
             Some((snapshot, ..)) => snapshot,
             None if part == 0 => Snapshot { head, rows: Vec::new() },
             None => return Err("a part of a snapshot comes without those before it"),
         };
+        let is_last = part + 1 == parts;
+        if self.in_parts {
+            self.open = (!is_last).then_some((snapshot, part + 1, parts));
+            return Ok(Some(Snapshot { head, rows }));
+        }
         snapshot.rows.extend(rows);
-        if part + 1 == parts {
+        if is_last {
             return Ok(Some(snapshot));
         }
         self.open = Some((snapshot, part + 1, parts));
@@ -279,30 +325,39 @@ impl Assembler {
     }
 }
 
-fn rows(cursor: &mut Cursor, count: usize, stacks: usize) -> Result<Vec<SiteState>, Broken> {
+fn rows(cursor: &mut Cursor, count: usize, stacks: usize, wanted: Wanted) -> Result<Vec<SiteState>, Broken> {
     let mut rows = vec![SiteState::default(); count];
     for row in &mut rows {
         let id = cursor.varint().and_then(|id| u8::try_from(id).ok()).ok_or(ENDED)?;
         row.allocator = AllocatorKind::from_id(id).ok_or("a row of a snapshot has an unknown allocator")?;
     }
-    for of in FIGURES_MUT {
-        let mut columns = vec![Totals::default().to_numbers(); count];
-        for at in 0..Totals::default().to_numbers().len() {
+    let numbers_of = Totals::default().to_numbers();
+    let mut columns = vec![numbers_of; count];
+    for (of, is_wanted) in FIGURES_MUT.into_iter().zip([wanted.live, wanted.flows, wanted.flows]) {
+        if !is_wanted {
+            cursor.skip(numbers_of.len() * count).ok_or(ENDED)?;
+            continue;
+        }
+        for at in 0..numbers_of.len() {
             for numbers in &mut columns {
                 numbers[at] = cursor.varint().ok_or(ENDED)?;
             }
         }
-        for (row, numbers) in rows.iter_mut().zip(columns) {
-            *of(row) = Totals::from_numbers(numbers);
+        for (row, numbers) in rows.iter_mut().zip(&columns) {
+            *of(row) = Totals::from_numbers(*numbers);
         }
     }
-    for class in 0..AGES {
-        for row in &mut rows {
-            row.ages[class].bytes = cursor.varint().ok_or(ENDED)?;
+    if wanted.ages {
+        for class in 0..AGES {
+            for row in &mut rows {
+                row.ages[class].bytes = cursor.varint().ok_or(ENDED)?;
+            }
+            for row in &mut rows {
+                row.ages[class].blocks = cursor.varint().ok_or(ENDED)?;
+            }
         }
-        for row in &mut rows {
-            row.ages[class].blocks = cursor.varint().ok_or(ENDED)?;
-        }
+    } else {
+        cursor.skip(2 * AGES * count).ok_or(ENDED)?;
     }
     let mut last = 0_i64;
     for row in &mut rows {

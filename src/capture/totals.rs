@@ -6,6 +6,7 @@
 
 use super::weight::{BYTES_FRACTION, COUNT_FRACTION, Weight};
 use std::cmp::Ordering;
+use std::sync::LazyLock;
 
 /// Standard deviations on either side that hold 95 % of a normal distribution.
 const Z: f64 = 1.959_963_984_540_054;
@@ -121,6 +122,16 @@ impl Totals {
     /// The truth is within so many blocks of [`count`](Self::count) at 95 %. 0 where everything was recorded.
     pub fn count_error(&self) -> f64 {
         self.sampled.count_variance.error()
+    }
+
+    /// The variance of [`bytes`](Self::bytes), without the allowance for few samples that errors have.
+    pub fn bytes_variance(&self) -> f64 {
+        self.sampled.bytes_variance.sum
+    }
+
+    /// About the part of it that the most uncertain sample has.
+    pub fn largest_bytes_variance(&self) -> f64 {
+        self.sampled.bytes_variance.largest()
     }
 
     /// True if neither bytes nor blocks are left.
@@ -250,8 +261,17 @@ fn from_logarithm(number: u64) -> f64 {
         return 0.0;
     }
     // No sum of variances comes near the bound; its cube is a number still.
-    (number as f64 / LOGARITHM_STEPS - LOGARITHM_ZERO).min(320.0).exp2()
+    let doublings = (number / 64).min(LARGEST_DOUBLINGS);
+    let part = if doublings < LARGEST_DOUBLINGS { PARTS[(number % 64) as usize] } else { 1.0 };
+    // 2 to the power of the doublings, less those of the zero: a snapshot has millions of these.
+    part * f64::from_bits((1023 - LOGARITHM_ZERO as u64 + doublings) << 52)
 }
+
+/// 2^320 and the doublings below 1.
+const LARGEST_DOUBLINGS: u64 = 384;
+/// 2^(n / 64).
+static PARTS: LazyLock<[f64; 64]> =
+    LazyLock::new(|| std::array::from_fn(|n| (n as f64 / LOGARITHM_STEPS).exp2()));
 
 fn rounded(sum: u64, fraction: u32) -> u64 {
     (sum >> fraction) + (sum >> (fraction - 1) & 1)

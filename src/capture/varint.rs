@@ -64,6 +64,19 @@ impl<'a> Cursor<'a> {
         None
     }
 
+    /// Passes over so many numbers, without a look at their size: each ends with a byte below 0x80.
+    pub(super) fn skip(&mut self, mut numbers: usize) -> Option<()> {
+        while numbers >= 8 {
+            let eight = self.bytes.get(self.at..self.at + 8)?;
+            numbers -= eight.iter().filter(|byte| **byte < 0x80).count();
+            self.at += 8;
+        }
+        while numbers > 0 {
+            numbers -= usize::from(self.byte()? < 0x80);
+        }
+        Some(())
+    }
+
     pub(super) fn varint_u32(&mut self) -> Option<u32> {
         u32::try_from(self.varint()?).ok()
     }
@@ -88,6 +101,20 @@ mod tests {
             prop_assert_eq!(cursor.varint(), Some(value));
             prop_assert_eq!(cursor.signed(), Some(signed));
             prop_assert_eq!(cursor.byte(), None);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn numbers_are_passed_over(
+            passed in prop::collection::vec(prop_oneof![Just(0u64), any::<u64>()], 0..100), next: u64,
+        ) {
+            let mut buf = Vec::new();
+            passed.iter().chain([&next]).for_each(|value| put(&mut buf, *value));
+            let mut cursor = Cursor::new(&buf, 0);
+            prop_assert_eq!(cursor.skip(passed.len()), Some(()));
+            prop_assert_eq!(cursor.varint(), Some(next));
+            prop_assert_eq!(cursor.skip(1), None);
         }
     }
 

@@ -8,13 +8,16 @@
 mod attach;
 mod demo;
 mod detach;
+mod diff;
 mod doctor;
 mod dump;
 mod events;
 mod flamegraph;
 mod gauges;
+mod leaks;
 mod log;
 mod parse;
+mod pattern;
 mod snapshot;
 mod stacks;
 mod stats;
@@ -22,6 +25,7 @@ mod summary;
 mod table;
 mod tree;
 mod view;
+mod when;
 
 use crate::error::{Error, Exit};
 use crate::report::text;
@@ -36,6 +40,7 @@ Examples:
   heaptap attach --pid 1234 -o app.heaptap --duration 30s
   heaptap summary app.heaptap            what was live at the high-water mark, per function
   heaptap tree --leaks app.heaptap       who allocated what was never freed
+  heaptap leaks app.heaptap              which lines leak, and how fast
   heaptap flamegraph app.heaptap         write app.svg
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 the target was refused.";
@@ -63,6 +68,8 @@ enum Verb {
     Table(table::Args),
     Tree(tree::Args),
     Stats(stats::Args),
+    Diff(diff::Args),
+    Leaks(leaks::Args),
     Flamegraph(flamegraph::Args),
     Gauges(gauges::Args),
     Dump(dump::Args),
@@ -81,6 +88,8 @@ impl Cli {
             Verb::Table(args) => args.run(),
             Verb::Tree(args) => args.run(),
             Verb::Stats(args) => args.run(),
+            Verb::Diff(args) => args.run(),
+            Verb::Leaks(args) => args.run(),
             Verb::Flamegraph(args) => args.run(),
             Verb::Gauges(args) => args.run(),
             Verb::Dump(args) => args.run(),

@@ -39,6 +39,20 @@ impl Figures {
         }
     }
 
+    /// A figure of bytes and its error.
+    pub(super) fn bytes_with(self, bytes: u64, error: f64) -> String {
+        if self.estimated && (bytes > 0 || error > 0.0) { size_and_error(bytes, error) } else { size(bytes) }
+    }
+
+    /// A number of blocks and its error.
+    pub(super) fn count_with(self, count: u64, error: f64) -> String {
+        if self.estimated && (count > 0 || error > 0.0) {
+            format!("{} ±{}", number(count), count_error(error))
+        } else {
+            number(count)
+        }
+    }
+
     /// `1,234 blocks`, `1,234 ±56 blocks`.
     pub(super) fn counted(self, totals: &Totals, what: &str) -> String {
         format!("{} {}", self.count(totals), plural(totals.count(), what))

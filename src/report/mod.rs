@@ -4,12 +4,14 @@
 //! passes through [`text`], so that no name in it reaches a terminal as a control code.
 
 mod columns;
+mod diff;
 pub mod dump;
 mod dump_moments;
 mod facts;
 mod figures;
 mod flamegraph;
 mod gauges;
+mod leaks;
 mod names;
 mod stats;
 mod summary;
@@ -17,9 +19,11 @@ mod table;
 pub mod text;
 mod tree;
 
+pub use diff::{DiffFormat, DiffReport};
 pub use facts::Facts;
 pub use flamegraph::FlameGraph;
 pub use gauges::{GaugesFormat, write_gauges};
+pub use leaks::LeaksReport;
 pub use stats::Stats;
 pub use summary::{Summary, SummaryOrder};
 pub use table::Table;

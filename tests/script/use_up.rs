@@ -1,11 +1,13 @@
 //! A file's bytes through the reader and every report.
 
-use heaptap::analysis::{View, analyse};
+use heaptap::analysis::{DiffOptions, Filter, Grouping, Moment, Outline, View, When, analyse, diff, leaks};
 use heaptap::capture::CaptureReader;
 use heaptap::capture::format::{FLAG_SAMPLED, MAGIC, VERSION};
 use heaptap::report::dump::dump;
-use heaptap::report::{FlameGraph, Format, Report, Stats, Summary, Table, Tree};
-use std::io::{Cursor, sink};
+use heaptap::report::{
+    DiffFormat, DiffReport, FlameGraph, Format, LeaksReport, Report, Stats, Summary, Table, Tree,
+};
+use std::io::{Cursor, Write, sink};
 
 /// Everything that can be made of a file.
 pub fn use_up(bytes: &[u8]) {
@@ -15,6 +17,7 @@ pub fn use_up(bytes: &[u8]) {
         dump(open().unwrap(), json, None, &mut sink()).unwrap();
     }
     drop(reader);
+    compare(bytes);
     for view in [View::HighWaterMark, View::Leaks, View::Temporary(2)] {
         let findings = analyse(open().unwrap(), view).unwrap();
         let reports: [&dyn Report; 5] = [
@@ -33,6 +36,36 @@ pub fn use_up(bytes: &[u8]) {
             // The only refusal is that there is nothing to draw.
             let _ = FlameGraph { inverted, icicle: false }.write(&findings, Format::default(), &mut sink());
         }
+    }
+}
+
+/// What is read from a file, twice.
+fn compare(bytes: &[u8]) {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(bytes).unwrap();
+    let new = Outline::read(file.path()).unwrap();
+    let to = new.find(When::Last).unwrap();
+    for (grouping, cumulative) in [
+        (Grouping::Lineno, true),
+        (Grouping::Traceback, false),
+        (Grouping::Module, false),
+        (Grouping::Thread, false),
+    ] {
+        let options = DiffOptions { grouping, cumulative, filter: Filter::default() };
+        for from in [Moment::START, new.find(When::AfterStart(1_000_000)).unwrap()] {
+            for old in [None, Some(&new)] {
+                let diff = diff(old.map(|old| (old, from)), from, (&new, to), &options).unwrap();
+                let report =
+                    DiffReport { diff: &diff, grouping, cumulative, old, from, new: &new, to, max_rows: 5 };
+                for format in [DiffFormat::Text, DiffFormat::Json, DiffFormat::Csv] {
+                    report.write(format, Some(80), &mut sink()).unwrap();
+                }
+            }
+        }
+    }
+    let leaks = leaks(&new, Filter::default()).unwrap();
+    for json in [false, true] {
+        LeaksReport { leaks: &leaks, outline: &new, max_rows: 0 }.write(json, &mut sink()).unwrap();
     }
 }
 

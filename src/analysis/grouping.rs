@@ -1,0 +1,344 @@
+//! What the figures of a diff are grouped by, and which of them are looked at: [`Grouping`], [`Filter`], [`Groups`].
+//!
+//! A group is named by words (paths, names, lines), never by an id or an address: so the groups of two captures of different
+//! processes are the same where their code is.
+
+use super::package::package;
+use crate::capture::{AllocatorKind, FrameId, FrameText, SiteState, StackId, StackTable};
+use foldhash::fast::RandomState;
+use std::collections::HashMap;
+
+/// What one group has in common.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Grouping {
+    /// The line.
+    #[default]
+    Lineno,
+    /// The line and its function.
+    Site,
+    /// The file.
+    Filename,
+    /// The function, with its file.
+    Function,
+    /// The whole stack.
+    Traceback,
+    /// The installed package, the standard library, or the application.
+    Module,
+    /// The function that gave the memory.
+    Allocator,
+    /// The thread's name.
+    Thread,
+}
+
+impl Grouping {
+    /// Whether a stack can belong to several groups, one for each of its frames.
+    pub fn is_by_frame(self) -> bool {
+        matches!(self, Self::Lineno | Self::Site | Self::Filename | Self::Function | Self::Module)
+    }
+}
+
+/// What a pattern is held against.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Subject {
+    /// A frame's file.
+    File,
+    /// A frame's function.
+    Function,
+    /// The package of a frame's file.
+    Module,
+    /// The thread's name.
+    Thread,
+}
+
+/// A pattern with `*`, `?` and `[…]`.
+#[derive(Clone, Debug)]
+pub struct Pattern {
+    /// What it is held against.
+    pub subject: Subject,
+    /// The pattern.
+    pub glob: glob::Pattern,
+}
+
+/// Which allocations are looked at: those that match any of `include` (all, if there is none) and none of `exclude`.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// What to look at.
+    pub include: Vec<Pattern>,
+    /// What to leave out.
+    pub exclude: Vec<Pattern>,
+    /// Whether any frame of a stack may match; else only the innermost.
+    pub all_frames: bool,
+}
+
+impl Filter {
+    fn is_empty(&self) -> bool {
+        self.include.is_empty() && self.exclude.is_empty()
+    }
+
+    fn takes(&self, row: &SiteState, stacks: &StackTable) -> bool {
+        let matches = |pattern: &Pattern| match pattern.subject {
+            Subject::Thread => pattern.glob.matches(&thread(row.tid, stacks)),
+            subject => {
+                let most = if self.all_frames { usize::MAX } else { 1 };
+                let mut frames = stacks.frames(row.stack).take(most).map(|frame| stacks.frame(frame));
+                frames.any(|frame| pattern.glob.matches(word(subject, frame)))
+            }
+        };
+        (self.include.is_empty() || self.include.iter().any(matches)) && !self.exclude.iter().any(matches)
+    }
+}
+
+fn word<'a>(subject: Subject, frame: FrameText<'a>) -> &'a str {
+    match subject {
+        Subject::Function => frame.function,
+        Subject::Module => package(frame.file),
+        Subject::File | Subject::Thread => frame.file,
+    }
+}
+
+/// What a group has in common, in words. Empty words are not part of it.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct GroupName {
+    /// A function's qualified name. Of a line, the function if it is one for all of the group.
+    pub function: Option<String>,
+    /// A file.
+    pub file: Option<String>,
+    /// A line, if it is known.
+    pub line: Option<u32>,
+    /// A package.
+    pub module: Option<String>,
+    /// An allocator.
+    pub allocator: Option<&'static str>,
+    /// A thread.
+    pub thread: Option<String>,
+    /// A stack, innermost frame first: function, file, line (0 if unknown).
+    pub traceback: Option<Vec<(String, String, u32)>>,
+}
+
+/// Number of a group.
+pub type GroupId = u32;
+
+type Word = u32;
+type Frame = (Word, Word, u32);
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Key {
+    NoStack,
+    Line(Word, u32),
+    Site(Frame),
+    File(Word),
+    Function(Word, Word),
+    Module(Word),
+    Allocator(AllocatorKind),
+    Thread(Word),
+    Stack(u32),
+}
+
+/// All groups of one or several captures.
+pub struct Groups {
+    grouping: Grouping,
+    cumulative: bool,
+    filter: Filter,
+    words: Interner<String>,
+    keys: Interner<Key>,
+    /// Of a line's group, the function that it is in; `None` where there are several.
+    functions: Vec<Option<Word>>,
+    /// Stacks of all captures as one tree: caller (0 for none) and frame; numbered from 1.
+    nodes: Interner<(u32, Frame)>,
+}
+
+/// What is remembered of one capture, whose ids are its own.
+#[derive(Default)]
+pub struct Remembered {
+    by_stack: HashMap<StackId, Box<[GroupId]>, RandomState>,
+    frames: HashMap<FrameId, Frame, RandomState>,
+    nodes: HashMap<StackId, u32, RandomState>,
+    of_row: Vec<GroupId>,
+}
+
+impl Groups {
+    /// None yet. `cumulative`: a stack counts for the groups of all its frames, once each.
+    pub fn new(grouping: Grouping, cumulative: bool, filter: Filter) -> Self {
+        let cumulative = cumulative && grouping.is_by_frame();
+        let (words, keys, nodes) = (Interner::default(), Interner::default(), Interner::default());
+        Self { grouping, cumulative, filter, words, keys, functions: Vec::new(), nodes }
+    }
+
+    /// The groups that a row belongs to; none if the filter leaves it out.
+    pub fn of<'r>(
+        &mut self,
+        row: &SiteState,
+        stacks: &StackTable,
+        remembered: &'r mut Remembered,
+    ) -> &'r [GroupId] {
+        if !self.filter.is_empty() && !self.filter.takes(row, stacks) {
+            return &[];
+        }
+        let key = match self.grouping {
+            Grouping::Allocator => Key::Allocator(row.allocator),
+            Grouping::Thread => Key::Thread(self.words.id(&*thread(row.tid, stacks), str::to_owned)),
+            _ => return self.of_stack(row.stack, stacks, remembered),
+        };
+        remembered.of_row = vec![self.group(key, None)];
+        &remembered.of_row
+    }
+
+    fn of_stack<'r>(
+        &mut self,
+        stack: StackId,
+        stacks: &StackTable,
+        remembered: &'r mut Remembered,
+    ) -> &'r [GroupId] {
+        if !remembered.by_stack.contains_key(&stack) {
+            let groups = self.work_out(stack, stacks, remembered);
+            remembered.by_stack.insert(stack, groups.into());
+        }
+        &remembered.by_stack[&stack]
+    }
+
+    fn work_out(&mut self, stack: StackId, stacks: &StackTable, seen: &mut Remembered) -> Vec<GroupId> {
+        if stacks.node(stack).is_none() {
+            return vec![self.group(Key::NoStack, None)];
+        }
+        if self.grouping == Grouping::Traceback {
+            let node = self.node(stack, stacks, seen);
+            return vec![self.group(Key::Stack(node), None)];
+        }
+        let mut groups = Vec::new();
+        for id in stacks.frames(stack).take(if self.cumulative { usize::MAX } else { 1 }) {
+            let (function, file, line) = self.frame(id, stacks, seen);
+            let key = match self.grouping {
+                Grouping::Filename => Key::File(file),
+                Grouping::Function => Key::Function(function, file),
+                Grouping::Module => {
+                    let module = package(stacks.frame(id).file);
+                    Key::Module(self.words.id(module, str::to_owned))
+                }
+                Grouping::Site => Key::Site((function, file, line)),
+                _ => Key::Line(file, line),
+            };
+            groups.push(self.group(key, Some(function)));
+        }
+        groups.sort_unstable();
+        groups.dedup();
+        groups
+    }
+
+    fn group(&mut self, key: Key, function: Option<Word>) -> GroupId {
+        let id = self.keys.id(&key, |key| *key);
+        match self.functions.get_mut(id as usize) {
+            None => self.functions.push(function),
+            Some(known) if *known != function => *known = None,
+            Some(_) => {}
+        }
+        id
+    }
+
+    fn frame(&mut self, id: FrameId, stacks: &StackTable, seen: &mut Remembered) -> Frame {
+        let words = &mut self.words;
+        *seen.frames.entry(id).or_insert_with(|| {
+            let FrameText { function, file, line } = stacks.frame(id);
+            (words.id(function, str::to_owned), words.id(file, str::to_owned), line)
+        })
+    }
+
+    /// The stack in the tree of all captures.
+    fn node(&mut self, stack: StackId, stacks: &StackTable, seen: &mut Remembered) -> u32 {
+        let (mut path, mut at, mut node) = (Vec::new(), stack, 0);
+        while let Some((frame, caller)) = stacks.node(at) {
+            if let Some(known) = seen.nodes.get(&at) {
+                node = *known;
+                break;
+            }
+            path.push((at, frame));
+            at = caller;
+        }
+        for (at, frame) in path.into_iter().rev() {
+            let frame = self.frame(frame, stacks, seen);
+            node = self.nodes.id(&(node, frame), |node| *node) + 1;
+            seen.nodes.insert(at, node);
+        }
+        node
+    }
+
+    /// A group in words.
+    pub fn name(&self, id: GroupId) -> GroupName {
+        let word = |word: Word| Some(self.words.values[word as usize].clone());
+        let known = |line: u32| Some(line).filter(|line| *line > 0);
+        let nothing = GroupName::default();
+        match self.keys.values[id as usize] {
+            Key::NoStack => nothing,
+            Key::Line(file, line) => {
+                let function = self.functions[id as usize].and_then(word);
+                GroupName { function, file: word(file), line: known(line), ..nothing }
+            }
+            Key::Site((function, file, line)) => {
+                GroupName { function: word(function), file: word(file), line: known(line), ..nothing }
+            }
+            Key::File(file) => GroupName { file: word(file), ..nothing },
+            Key::Function(function, file) => {
+                GroupName { function: word(function), file: word(file), ..nothing }
+            }
+            Key::Module(module) => GroupName { module: word(module), ..nothing },
+            Key::Allocator(kind) => GroupName { allocator: Some(kind.name()), ..nothing },
+            Key::Thread(name) => GroupName { thread: word(name), ..nothing },
+            Key::Stack(mut node) => {
+                let mut traceback = Vec::new();
+                while let Some(index) = node.checked_sub(1) {
+                    let (caller, (function, file, line)) = self.nodes.values[index as usize];
+                    let text = |word: Word| self.words.values[word as usize].clone();
+                    traceback.push((text(function), text(file), line));
+                    node = caller;
+                }
+                GroupName { traceback: Some(traceback), ..nothing }
+            }
+        }
+    }
+}
+
+/// The name by which a thread is known in every process: names that Python numbers in the order of their creation lose their
+/// numbers (`Thread-12 (serve)` is `Thread-* (serve)`).
+pub fn thread(tid: u32, stacks: &StackTable) -> std::borrow::Cow<'_, str> {
+    let Some(name) = stacks.thread(tid) else { return "<unnamed>".into() };
+    let Some(name) = [&name.python, &name.os].into_iter().find(|name| !name.is_empty()) else {
+        return "<unnamed>".into();
+    };
+    let numbered = ["Thread-", "ThreadPoolExecutor-", "Dummy-"];
+    let Some(prefix) = numbered.into_iter().find(|prefix| name.starts_with(prefix)) else {
+        return name.as_str().into();
+    };
+    let numbers = |c: char| c.is_ascii_digit() || c == '_';
+    format!("{prefix}*{}", name[prefix.len()..].trim_start_matches(numbers)).into()
+}
+
+/// Values numbered in the order they are seen.
+struct Interner<T> {
+    ids: HashMap<T, u32, RandomState>,
+    values: Vec<T>,
+}
+
+impl<T> Default for Interner<T> {
+    fn default() -> Self {
+        Self { ids: HashMap::default(), values: Vec::new() }
+    }
+}
+
+impl<T: Clone + Eq + std::hash::Hash> Interner<T> {
+    fn id<Q>(&mut self, value: &Q, own: impl Fn(&Q) -> T) -> u32
+    where
+        Q: ?Sized + Eq + std::hash::Hash,
+        T: std::borrow::Borrow<Q>,
+    {
+        if let Some(id) = self.ids.get(value) {
+            return *id;
+        }
+        let id = self.values.len() as u32;
+        self.ids.insert(own(value), id);
+        self.values.push(own(value));
+        id
+    }
+}
+
+#[cfg(test)]
+#[path = "grouping_tests.rs"]
+mod tests;

@@ -1,0 +1,187 @@
+//! Moments of a recording: which there are, and which one is meant by `10:00`, `+30m`, `last` or `17`.
+
+use super::replay::{Findings, View, analyse_seeing};
+use crate::capture::{CaptureError, CaptureReader, Gauges, Record, SnapshotHead, Wanted};
+use std::path::{Path, PathBuf};
+
+const SECOND: u64 = 1_000_000_000;
+const DAY: u64 = 86_400 * SECOND;
+/// How far outside a recording a time of day may be: it is said to the minute, and recordings begin within one.
+const NEAR: u64 = 60 * SECOND;
+
+/// A moment as somebody names it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum When {
+    /// The start of recording, when nothing was live by its account.
+    Start,
+    /// The first snapshot; the start where there are none.
+    First,
+    /// The last snapshot; the end where there are none.
+    Last,
+    /// The snapshot with this number.
+    Index(u32),
+    /// So many nanoseconds after the start.
+    AfterStart(u64),
+    /// So many before the end.
+    BeforeEnd(u64),
+    /// A time of day in UTC, in nanoseconds.
+    OfDay(u64),
+    /// Nanoseconds since 1970 UTC.
+    Unix(u64),
+}
+
+/// A moment that is meant.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Moment {
+    /// Since the start of recording, in nanoseconds.
+    pub time_ns: u64,
+    /// Its place among [`Outline::snapshots`], if it is the moment of one.
+    pub place: Option<usize>,
+}
+
+impl Moment {
+    /// The start of recording: nothing is live.
+    pub const START: Self = Self { time_ns: 0, place: None };
+}
+
+/// A moment that a capture does not have.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum NoSuchMoment {
+    /// There are no snapshots to count.
+    #[error("{} has no snapshots, so there is no snapshot {index}: give a time, such as +30m", capture.display())]
+    NoSnapshots {
+        /// The capture.
+        capture: PathBuf,
+        /// The number asked for.
+        index: u32,
+    },
+    /// The numbers go on elsewhere.
+    #[error("{} has no snapshot {index} (any more): it has {known} from {first} to {last}", capture.display())]
+    NoSuchSnapshot {
+        /// The capture.
+        capture: PathBuf,
+        /// The number asked for.
+        index: u32,
+        /// How many there are.
+        known: usize,
+        /// The first one's number.
+        first: u32,
+        /// The last one's.
+        last: u32,
+    },
+    /// The time is not within the recording.
+    #[error("{} was not being recorded then: its recording lasts from {} to {} (UTC)", capture.display(),
+            clock(*start_unix_ns), clock(*end_unix_ns))]
+    Outside {
+        /// The capture.
+        capture: PathBuf,
+        /// Its start.
+        start_unix_ns: u64,
+        /// Its end.
+        end_unix_ns: u64,
+    },
+}
+
+fn clock(unix_ns: u64) -> String {
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(unix_ns);
+    humantime::format_rfc3339_seconds(time).to_string()
+}
+
+/// What a first pass over a capture tells: all facts of the run, its snapshots' heads, its gauges.
+pub struct Outline {
+    /// The file.
+    pub path: PathBuf,
+    /// The run. Its sites are what the records of events say was not freed by the end.
+    pub findings: Findings,
+    /// Heads of the snapshots, in the order of the file.
+    pub snapshots: Vec<SnapshotHead>,
+    /// All gauges, oldest first.
+    pub gauges: Vec<Gauges>,
+    /// When recording ended, in nanoseconds since its start.
+    pub end_ns: u64,
+}
+
+impl Outline {
+    /// Reads a capture once. It must be a file, for it is going to be read again.
+    pub fn read(path: &Path) -> Result<Self, CaptureError> {
+        let (mut snapshots, mut gauges) = (Vec::new(), Vec::new());
+        let mut reader = CaptureReader::open(path)?;
+        reader.want(Wanted::NOTHING);
+        let mut findings = analyse_seeing(reader, View::Leaks, |record, reader| match record {
+            Record::Snapshot => snapshots.extend(reader.snapshot_head()),
+            Record::Gauges => gauges.extend_from_slice(reader.gauges()),
+            _ => {}
+        })?;
+        // Rows were not read: how many samples there were is known from the end.
+        let samples = findings.trailer.as_ref().map_or(0, |trailer| trailer.counters.samples);
+        findings.samples.count = findings.samples.count.max(samples);
+        let last = snapshots.last().map_or(0, |head: &SnapshotHead| head.time_ns);
+        let last = last.max(findings.last_time_ns);
+        let end_ns = findings.trailer.as_ref().map_or(last, |trailer| trailer.duration_ns.max(last));
+        Ok(Self { path: path.to_owned(), findings, snapshots, gauges, end_ns })
+    }
+
+    /// The moment that is meant: of a snapshot, the nearest, where there are any.
+    pub fn find(&self, when: When) -> Result<Moment, NoSuchMoment> {
+        let start = self.findings.header.start_unix_ns;
+        let time_ns = match when {
+            When::Start => return Ok(Moment::START),
+            When::First => 0,
+            When::Last => u64::MAX,
+            When::Index(index) => return self.numbered(index),
+            When::AfterStart(ns) => ns,
+            When::BeforeEnd(ns) => self.end_ns.saturating_sub(ns),
+            When::Unix(unix_ns) => self.within(i128::from(unix_ns) - i128::from(start))?,
+            When::OfDay(ns) => {
+                let days = start / DAY..=start.saturating_add(self.end_ns) / DAY;
+                let since = days.map(|day| i128::from(day * DAY) + i128::from(ns) - i128::from(start));
+                let mut since: Vec<i128> = since.collect();
+                since.sort_by_key(|since| self.distance(*since));
+                self.within(since.first().copied().unwrap_or(-1))?
+            }
+        };
+        let near = |(_, head): &(usize, &SnapshotHead)| head.time_ns.abs_diff(time_ns);
+        Ok(match self.snapshots.iter().enumerate().min_by_key(near) {
+            // Of several at one time, the last or the first.
+            Some(_) if when == When::Last => self.at(self.snapshots.len() - 1),
+            Some((place, _)) => self.at(place),
+            None => Moment { time_ns: time_ns.min(self.end_ns), place: None },
+        })
+    }
+
+    fn at(&self, place: usize) -> Moment {
+        Moment { time_ns: self.snapshots[place].time_ns, place: Some(place) }
+    }
+
+    fn numbered(&self, index: u32) -> Result<Moment, NoSuchMoment> {
+        let capture = self.path.clone();
+        let (Some(first), Some(last)) = (self.snapshots.first(), self.snapshots.last()) else {
+            return Err(NoSuchMoment::NoSnapshots { capture, index });
+        };
+        match self.snapshots.iter().position(|head| head.index == index) {
+            Some(place) => Ok(self.at(place)),
+            None => Err(NoSuchMoment::NoSuchSnapshot {
+                capture,
+                index,
+                known: self.snapshots.len(),
+                first: first.index,
+                last: last.index,
+            }),
+        }
+    }
+
+    /// How far a time is outside the recording.
+    fn distance(&self, since_start: i128) -> u64 {
+        let after = since_start - i128::from(self.end_ns);
+        u64::try_from((-since_start).max(after).max(0)).unwrap_or(u64::MAX)
+    }
+
+    fn within(&self, since_start: i128) -> Result<u64, NoSuchMoment> {
+        if self.distance(since_start) > NEAR {
+            let start_unix_ns = self.findings.header.start_unix_ns;
+            let end_unix_ns = start_unix_ns.saturating_add(self.end_ns);
+            return Err(NoSuchMoment::Outside { capture: self.path.clone(), start_unix_ns, end_unix_ns });
+        }
+        Ok(u64::try_from(since_start.max(0)).unwrap_or(u64::MAX).min(self.end_ns))
+    }
+}
