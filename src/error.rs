@@ -13,6 +13,7 @@ use crate::recorder::RecordError;
 use crate::recorder::control::ControlError;
 use crate::report::ReportError;
 use crate::report::dump::DumpError;
+use crate::tree::TreeError;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -54,6 +55,9 @@ pub enum Error {
     /// A snapshot could not be asked for.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// Several processes could not be recorded.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
     /// A capture can't be read or written.
     #[error(transparent)]
     Capture(#[from] CaptureError),
@@ -75,6 +79,24 @@ pub enum Error {
         from_s: f64,
         /// The second.
         to_s: f64,
+    },
+    /// A folder in which no capture can be read.
+    #[error("{} holds no capture that can be read", path.display())]
+    EmptyFolder {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// Processes can't be kept apart where there is one.
+    #[error("{} is not a folder of captures: there are no processes to keep apart", path.display())]
+    NotAFolder {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Records of several processes are in no order.
+    #[error("{} is a folder: the records of its captures are of different processes and in no common order", path.display())]
+    FolderOfRecords {
+        /// The folder.
+        path: PathBuf,
     },
     /// A report's file is there already.
     #[error("{} exists already", .0.display())]
@@ -111,6 +133,8 @@ impl Error {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Record(error) => record_exit(error),
+            Self::Tree(TreeError::Folder(_) | TreeError::Signals(_)) => Exit::Failed,
+            Self::Tree(_) => Exit::Refused,
             Self::CannotAttach { .. } => Exit::Refused,
             Self::Usage(_) => Exit::Usage,
             Self::RecordingFailed { .. }
@@ -119,6 +143,9 @@ impl Error {
             | Self::Report(_)
             | Self::Moment(_)
             | Self::MomentsReversed { .. }
+            | Self::EmptyFolder { .. }
+            | Self::NotAFolder { .. }
+            | Self::FolderOfRecords { .. }
             | Self::OutputExists(_)
             | Self::OutputNotRegular(_)
             | Self::Output { .. }
@@ -157,6 +184,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Record(error) => record_hint(error),
+            Self::Tree(error) => tree_hint(error),
             Self::RecordingFailed { capture, .. } => Some(format!(
                 "what was recorded until then can be read: heaptap summary {}",
                 capture.display()
@@ -171,6 +199,11 @@ impl Error {
             Self::Capture(error) => error.hint().map(str::to_string),
             Self::Report(ReportError::Nothing(_)) => {
                 Some("`heaptap stats` shows what the capture holds".into())
+            }
+            Self::EmptyFolder { .. } => Some("its index.json tells what became of each process".into()),
+            Self::NotAFolder { .. } => Some("leave --split-processes out".into()),
+            Self::FolderOfRecords { path } => {
+                Some(format!("dump one of them: heaptap dump {}/PID.heaptap", path.display()))
             }
             Self::OutputExists(_) => Some("give another name with -o, or --force to write over it".into()),
             Self::OutputNotRegular(_) => Some("give the name of a file with -o, or - for stdout".into()),
@@ -250,6 +283,20 @@ fn record_hint(error: &RecordError) -> Option<String> {
         | RecordError::SwitchedOff { .. }
         | RecordError::Fact(_)
         | RecordError::Read(_) => None,
+    }
+}
+
+fn tree_hint(error: &TreeError) -> Option<String> {
+    match error {
+        TreeError::NoMatch { .. } | TreeError::NoProcess { .. } => {
+            Some("`pgrep -af python` lists Python processes with their command lines".into())
+        }
+        TreeError::Folder(CaptureError::Exists { .. }) => {
+            Some("give another folder with -o, or --force to write into this one".into())
+        }
+        TreeError::Folder(error) => error.hint().map(str::to_string),
+        TreeError::NoneRecorded { .. } => Some("the folder's index.json has the reason for each".into()),
+        TreeError::NoPython { .. } | TreeError::Signals(_) => None,
     }
 }
 

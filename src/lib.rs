@@ -19,6 +19,9 @@
 //! 5. At the end everything is taken back in reverse order and compared.
 //! 6. [`analysis`] and [`report`] read the file, on any machine, and know nothing of processes.
 //!
+//! Of several processes, [`tree`] has each recorded by a heaptap of its own and keeps an index of their captures; reports take
+//! the folder.
+//!
 //! Data goes one way: `inferior → probe → recorder → capture → analysis → report`; live and offline code meet in
 //! [`capture`] alone. `tests/architecture.rs` holds this.
 //!
@@ -42,3 +45,4 @@ pub mod probe;
 pub mod python_binary;
 pub mod recorder;
 pub mod report;
+pub mod tree;

@@ -35,10 +35,12 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "addr",
             ],
         ),
+        // Who else is recorded, by whom of ours; knows the capture for its index alone.
+        ("tree", &["recorder", "probe", "cpython", "inferior", "capture", "mapping"]),
         (
             "error",
             &[
-                "capture", "analysis", "report", "inferior", "image", "cpython", "probe", "recorder",
+                "tree", "capture", "analysis", "report", "inferior", "image", "cpython", "probe", "recorder",
                 "memory", "addr",
             ],
         ),

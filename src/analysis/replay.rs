@@ -1,6 +1,7 @@
 //! [`Replay`]: the records of a capture once through the live set and everything that counts.
 
 use super::high_water_mark::HighWaterMark;
+use super::merge::Merged;
 use super::site::{Site, SiteTotals, sum};
 use super::snapshots::{FromSnapshots, OfSnapshot};
 use super::statistics::Statistics;
@@ -112,6 +113,8 @@ pub struct Findings {
     pub last_time_ns: u64,
     /// The snapshot that all of this is from, where there is no event log, or one that ended early.
     pub of_snapshot: Option<OfSnapshot>,
+    /// Of which captures this is the sum, if it is one.
+    pub merged: Option<Merged>,
 }
 
 impl Replay {
@@ -297,6 +300,7 @@ pub fn analyse_seeing(
         last_time_ns: replay.time_ns.max(last_snapshot_ns),
         statistics: replay.statistics,
         of_snapshot: None,
+        merged: None,
     };
     Ok(if has_log { findings } else { by_snapshots(findings, snapshots) })
 }
@@ -326,7 +330,37 @@ fn by_snapshots(findings: Findings, mut snapshots: FromSnapshots) -> Findings {
     }
 }
 
+impl Findings {
+    /// Whether what is shown is of snapshots: single allocations are not known.
+    pub fn is_of_snapshots(&self) -> bool {
+        self.of_snapshot.is_some() || self.merged.as_ref().is_some_and(|merged| merged.of_snapshots)
+    }
+}
+
+impl Missing {
+    pub(super) fn add(&mut self, other: &Self) {
+        self.dropped = self.dropped.saturating_add(other.dropped);
+        self.gaps = self.gaps.saturating_add(other.gaps);
+        self.gap_ns = self.gap_ns.saturating_add(other.gap_ns);
+        self.missed_frees = self.missed_frees.saturating_add(other.missed_frees);
+        self.missed_allocations = self.missed_allocations.saturating_add(other.missed_allocations);
+    }
+}
+
 impl Samples {
+    pub(super) fn add(&mut self, other: &Self) {
+        if other.count == 0 {
+            return;
+        }
+        self.least_interval = if self.count == 0 {
+            other.least_interval
+        } else {
+            self.least_interval.min(other.least_interval)
+        };
+        self.largest_interval = self.largest_interval.max(other.largest_interval);
+        self.count = self.count.saturating_add(other.count);
+    }
+
     fn take(&mut self, interval: u64) {
         if interval == 0 {
             return;

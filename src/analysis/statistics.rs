@@ -79,6 +79,17 @@ impl Statistics {
         self.by_stack.entry(row.stack).or_default().add(row.allocated);
     }
 
+    /// Adds those of another capture, whose stacks are here what `stack` says.
+    pub(super) fn merge(&mut self, other: &Self, stack: impl Fn(StackId) -> StackId) {
+        self.allocated.add(other.allocated);
+        let (bits, allocators) = (self.by_bits.iter_mut(), self.by_allocator.iter_mut());
+        bits.zip(other.by_bits).for_each(|(sum, more)| sum.add(more));
+        allocators.zip(other.by_allocator).for_each(|(sum, more)| sum.add(more));
+        for (id, totals) in &other.by_stack {
+            self.by_stack.entry(stack(*id)).or_default().add(*totals);
+        }
+    }
+
     /// Ten bins at most, growing by powers of two, from the smallest size to the largest.
     pub fn size_histogram(&self) -> Vec<SizeBin> {
         let used = |bits: &u32| !self.by_bits[*bits as usize].is_empty();

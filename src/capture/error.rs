@@ -57,6 +57,12 @@ pub enum CaptureError {
     /// The header chunk is gone or damaged: nothing can be said about the file.
     #[error("the header of {} cannot be read: {why}", path.display())]
     BadHeader { path: PathBuf, why: String },
+    /// A folder that is not one of captures.
+    #[error("{} has no {}", folder.display(), super::INDEX_FILE)]
+    NoIndex { folder: PathBuf },
+    /// The index of a folder is damaged, or of another version.
+    #[error("{} is not the index of a folder of captures: {why}", path.display())]
+    BadIndex { path: PathBuf, why: String },
 }
 
 impl CaptureError {
@@ -85,6 +91,10 @@ impl CaptureError {
             Self::NewerVersion { .. } | Self::NewerFeatures { .. } => {
                 Some("read it with the heaptap that wrote it, or a later one")
             }
+            Self::NoIndex { .. } => {
+                Some("give a capture, or a folder that `heaptap attach --children` or `--follow-forks` wrote")
+            }
+            Self::BadIndex { .. } => Some("each capture in the folder can be read by itself"),
             Self::BadHeader { .. } => {
                 Some("the file was cut or damaged at its very start; nothing in it can be trusted")
             }

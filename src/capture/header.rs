@@ -141,18 +141,24 @@ impl Header {
     /// of modules. What was cut ends in `…`.
     pub(super) fn clamped(&self) -> Self {
         let mut header = self.clone();
-        let mut left = MAX_ARGUMENTS;
-        header.command_line = Vec::new();
-        for argument in &self.command_line {
-            if left == 0 {
-                header.command_line.push("…".to_owned());
-                break;
-            }
-            let kept = super::intern::cut(argument, MAX_ARGUMENT.min(left));
-            left = left.saturating_sub(kept.len() + 1);
-            header.command_line.push(kept.into_owned());
-        }
+        header.command_line = clamped_arguments(&self.command_line, MAX_ARGUMENT, MAX_ARGUMENTS);
         header.modules.truncate(MAX_MODULES);
         header
     }
+}
+
+/// Arguments cut to `one` byte count each and `all` together. What was cut ends in `…`.
+pub(super) fn clamped_arguments(arguments: &[String], one: usize, all: usize) -> Vec<String> {
+    let mut left = all;
+    let mut kept = Vec::new();
+    for argument in arguments {
+        if left == 0 {
+            kept.push("…".to_owned());
+            break;
+        }
+        let text = super::intern::cut(argument, one.min(left));
+        left = left.saturating_sub(text.len() + 1);
+        kept.push(text.into_owned());
+    }
+    kept
 }

@@ -17,6 +17,7 @@ mod finder;
 pub mod format;
 mod gauges;
 mod header;
+mod index;
 mod intern;
 mod keeper;
 mod live_set;
@@ -27,6 +28,7 @@ mod reader;
 mod record;
 mod snapshot;
 mod stack_table;
+mod stack_union;
 mod thin;
 mod totals;
 mod trailer;
@@ -42,6 +44,9 @@ pub use allocator::{AllocatorKind, Domain};
 pub use error::CaptureError;
 pub use gauges::Gauges;
 pub use header::{BreakpointKind, EntryPoint, Header, LibcFacts, Module, PythonFacts};
+pub use index::{
+    INDEX_FILE, Index, IndexEntry, NotRecorded, NotRecordedKind, prepare_folder, short_command_line,
+};
 pub use keeper::Keep;
 pub use live_set::{Block, Displaced, LiveSet};
 pub use mappings::Part;
@@ -53,6 +58,7 @@ pub use snapshot::{
     AGE_LIMITS, AGES, Age, MOST_ROWS, SiteState, Snapshot, SnapshotHead, SnapshotReason, Wanted, age_class,
 };
 pub use stack_table::{FrameText, StackTable, ThreadName};
+pub use stack_union::{StackMap, StackUnion};
 pub use totals::Totals;
 pub(crate) use totals::{Certain, Sampled};
 pub use trailer::{Counters, EndReason, Trailer};

@@ -1,5 +1,7 @@
 //! `heaptap attach`: records a running process.
 
+use super::attach_tree::{self, SeveralArgs};
+use super::attach_worker::{self, WorkerArgs};
 use super::parse::{parse_duration, parse_percent, parse_pid, parse_size};
 use super::view::to_stdout;
 use super::{events, log};
@@ -34,23 +36,31 @@ Examples:
   Watch a server for days: a snapshot of what is live each minute, in a file that stays below 200 MiB:
     heaptap attach --pid 1234 --snapshot-every 60s -o server.heaptap
     heaptap snapshot --pid 1234     (one more, now)
+  Record a server with its workers, those that it starts later too; one report over all:
+    heaptap attach --pid 1234 --children --follow-forks -o shop/
+    heaptap tree --leaks shop/
+  Record whatever is called so:
+    heaptap attach --name-match 'gunicorn: worker' --duration 1m
   Can it be attached to? (writes nothing into it)
     heaptap doctor --pid 1234
 
 By default one allocation is sampled in 512 KiB on average, which costs the target next to nothing; reports \
 show estimates with their error. --exact records every allocation and every free. The target goes on \
 undisturbed afterwards, also when heaptap is killed.")]
+#[command(group(clap::ArgGroup::new("target").required(true).args(["pid", "name_match", "cgroup"])))]
 pub struct AttachArgs {
     /// The process to record
     #[arg(long, short, value_name = "PID", value_parser = parse_pid, allow_negative_numbers = true)]
-    pub pid: i32,
-    /// The capture to write [default: heaptap-PID.heaptap]
+    pub pid: Option<i32>,
+    #[command(flatten)]
+    pub several: SeveralArgs,
+    /// The capture to write [default: heaptap-PID.heaptap]; of several processes, the folder [default: heaptap-PID]
     #[arg(long, short, value_name = "FILE")]
     pub output: Option<PathBuf>,
     /// Stop after this time, such as 30s, 5m or 1h (default: until Ctrl-C or the target's end)
     #[arg(long, short, value_name = "TIME", value_parser = parse_duration)]
     pub duration: Option<Duration>,
-    /// Write over an existing capture
+    /// Write over an existing capture, or into a folder that has something in it
     #[arg(long, short)]
     pub force: bool,
     /// Record CPython's object, mem and raw allocators too, not only those of libc
@@ -84,6 +94,8 @@ pub struct AttachArgs {
     /// Print no progress
     #[arg(long, short)]
     pub quiet: bool,
+    #[command(flatten)]
+    worker: WorkerArgs,
 }
 
 /// Any of these makes a capture of snapshots: what was live at some moments, not every event.
@@ -170,20 +182,37 @@ pub(super) fn random_seed() -> u64 {
     RandomState::new().hash_one(std::process::id())
 }
 
+impl AttachArgs {
+    /// How to record one process.
+    pub(super) fn options(&self, pid: i32, output: PathBuf, duration: Option<Duration>) -> RecordOptions {
+        RecordOptions {
+            pid,
+            output,
+            force: self.force,
+            duration,
+            python_allocators: self.python_allocators,
+            unsafe_trap: self.unsafe_trap,
+            jump: self.jump(),
+            snapshots: self.snapshots.options(),
+        }
+    }
+}
+
 /// Runs the verb.
 pub fn run(args: &AttachArgs) -> Result<(), Error> {
-    let output =
-        args.output.clone().unwrap_or_else(|| PathBuf::from(format!("heaptap-{}.heaptap", args.pid)));
-    let options = RecordOptions {
-        pid: args.pid,
-        output,
-        force: args.force,
-        duration: args.duration,
-        python_allocators: args.python_allocators,
-        unsafe_trap: args.unsafe_trap,
-        jump: args.jump(),
-        snapshots: args.snapshots.options(),
-    };
+    if let Some(task) = args.worker.task() {
+        return attach_worker::run(args, &task);
+    }
+    let targets = args.several.targets(args.pid)?;
+    match targets.only() {
+        Some(pid) => record_one(args, pid),
+        None => attach_tree::run(args, targets),
+    }
+}
+
+fn record_one(args: &AttachArgs, pid: i32) -> Result<(), Error> {
+    let output = args.output.clone().unwrap_or_else(|| PathBuf::from(format!("heaptap-{pid}.heaptap")));
+    let options = args.options(pid, output, args.duration);
     let mut console = Console::new(&options, args.quiet);
     let summary = record(&options, &mut console)?;
     console.finish();

@@ -31,6 +31,9 @@ pub(super) struct Args {
 
 impl Args {
     pub(super) fn run(self) -> Result<(), Error> {
+        if self.capture.is_dir() {
+            return Err(Error::FolderOfRecords { path: self.capture });
+        }
         let only = if self.leaks { Some(not_freed(CaptureReader::open(&self.capture)?)?) } else { None };
         let reader = CaptureReader::open(&self.capture)?;
         to_stdout(|out, _| Ok(dump(reader, self.json, only.as_ref(), out)?))

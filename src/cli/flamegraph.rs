@@ -58,7 +58,10 @@ impl Args {
     }
 
     fn default_output(&self) -> PathBuf {
-        let mut name = self.view.capture.file_stem().unwrap_or("heaptap".as_ref()).to_owned();
+        // A folder's name may have dots in it, and a path may end in `..`.
+        let folder = self.view.capture.is_dir();
+        let stem = if folder { self.view.capture.file_name() } else { self.view.capture.file_stem() };
+        let mut name = stem.unwrap_or("heaptap".as_ref()).to_owned();
         name.push(match self.view.view() {
             View::HighWaterMark => ".svg",
             View::Leaks => "-leaks.svg",

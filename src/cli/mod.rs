@@ -6,6 +6,8 @@
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod attach;
+mod attach_tree;
+mod attach_worker;
 mod demo;
 mod detach;
 mod diff;

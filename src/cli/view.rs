@@ -1,7 +1,7 @@
 //! What the report verbs share: the capture, the view, where the output goes.
 
-use crate::analysis::{Findings, View, analyse};
-use crate::capture::CaptureReader;
+use crate::analysis::{Findings, Merge, View, analyse};
+use crate::capture::{CaptureReader, Index};
 use crate::error::Error;
 use crate::report::{Format, Report, ReportError};
 use std::io::{self, BufWriter, IsTerminal, Write};
@@ -10,7 +10,7 @@ use std::path::PathBuf;
 /// The capture and which of its allocations to show.
 #[derive(clap::Args)]
 pub(super) struct ViewArgs {
-    /// The capture, as written by `heaptap attach`.
+    /// The capture, or the folder of captures, as written by `heaptap attach`.
     #[arg(value_name = "CAPTURE")]
     pub(super) capture: PathBuf,
 
@@ -22,6 +22,10 @@ pub(super) struct ViewArgs {
     #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "1",
           conflicts_with = "leaks", value_parser = clap::value_parser!(u32).range(..=1_000_000))]
     pub(super) temporary: Option<u32>,
+
+    /// Of a folder: keep the processes apart, not only their stacks.
+    #[arg(long)]
+    pub(super) split_processes: bool,
 }
 
 impl ViewArgs {
@@ -34,7 +38,31 @@ impl ViewArgs {
     }
 
     pub(super) fn findings(&self) -> Result<Findings, Error> {
+        if self.capture.is_dir() {
+            return self.merged(&Index::read(&self.capture)?);
+        }
+        if self.split_processes {
+            return Err(Error::NotAFolder { path: self.capture.clone() });
+        }
         Ok(analyse(CaptureReader::open(&self.capture)?, self.view())?)
+    }
+
+    /// All captures of a folder. One that can't be read is as good as not recorded; it is told, and left out.
+    fn merged(&self, index: &Index) -> Result<Findings, Error> {
+        let mut merge = Merge::new(self.view(), self.split_processes);
+        let mut not_recorded = index.not_listed;
+        not_recorded += index.processes.iter().filter(|entry| entry.not_recorded.is_some()).count() as u64;
+        for (path, _) in index.captures(&self.capture) {
+            let findings = CaptureReader::open(&path).and_then(|reader| analyse(reader, self.view()));
+            match findings {
+                Ok(findings) => merge.add(&path, &findings)?,
+                Err(error) => {
+                    tracing::warn!("{error}; it is left out");
+                    not_recorded += 1;
+                }
+            }
+        }
+        merge.finish(not_recorded).ok_or_else(|| Error::EmptyFolder { path: self.capture.clone() })
     }
 }
 

@@ -3,6 +3,7 @@
 //! Every report begins with it, as text or as the `run` object of its JSON.
 
 use super::figures::{Figures, is_false};
+use super::several::{Several, merged_warnings, write_several};
 use super::text::{counted, duration, escaped, number, size, timestamp};
 use crate::analysis::{Findings, OfSnapshot, Totals, View};
 use crate::capture::{CutShort, Damage, EndReason, Header, LibcFacts, PythonFacts, Trailer};
@@ -13,8 +14,9 @@ use std::io::{self, Write};
 #[derive(Serialize)]
 pub struct Facts<'a> {
     heaptap_version: &'a str,
-    pid: u32,
-    command_line: &'a [String],
+    /// `null` for several processes, as what else each has for itself.
+    pid: Option<u32>,
+    command_line: Option<&'a [String]>,
     python: &'a PythonFacts,
     libc: &'a LibcFacts,
     allocator_library: &'a str,
@@ -36,6 +38,8 @@ pub struct Facts<'a> {
     missed_frees: u64,
     missed_allocations: u64,
     warnings: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    merged: Option<Several<'a>>,
 }
 
 /// How samples were drawn, beside the interval asked for.
@@ -71,7 +75,8 @@ pub(super) struct Shown {
     peak_bytes: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     peak_bytes_error_95: Option<u64>,
-    peak_time_ns: u64,
+    /// `null` for several processes: each had its own.
+    peak_time_ns: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     snapshot: Option<ShownSnapshot>,
 }
@@ -90,17 +95,17 @@ struct ShownSnapshot {
 impl<'a> Facts<'a> {
     /// The facts of what was found.
     pub fn of(findings: &'a Findings) -> Self {
-        let Findings { header, missing, .. } = findings;
+        let Findings { header, missing, merged, .. } = findings;
         Self {
             heaptap_version: &header.heaptap_version,
-            pid: header.pid,
-            command_line: &header.command_line,
+            pid: merged.is_none().then_some(header.pid),
+            command_line: merged.is_none().then_some(&header.command_line[..]),
             python: &header.python,
             libc: &header.libc,
             allocator_library: &header.allocator_library,
             start_unix_ns: header.start_unix_ns,
             duration_ns: run_duration(findings),
-            end_reason: findings.trailer.as_ref().map(|trailer| &trailer.reason),
+            end_reason: findings.trailer.as_ref().filter(|_| merged.is_none()).map(|trailer| &trailer.reason),
             breakpoints: header.breakpoints.name(),
             python_allocators: header.python_allocators,
             sampling_mean_bytes: header.sampling_mean_bytes,
@@ -114,6 +119,7 @@ impl<'a> Facts<'a> {
             missed_frees: missing.missed_frees,
             missed_allocations: missing.missed_allocations,
             warnings: warnings(findings),
+            merged: merged.as_ref().map(|merged| Several::of(merged, Figures::of(findings))),
         }
     }
 }
@@ -125,8 +131,8 @@ impl Sampling {
             seed: header.sampling_seed,
             max_cpu_percent: header.max_cpu_percent,
             samples: samples.count,
-            least_interval_bytes: findings.of_snapshot.is_none().then_some(samples.least_interval),
-            largest_interval_bytes: findings.of_snapshot.is_none().then_some(samples.largest_interval),
+            least_interval_bytes: (!findings.is_of_snapshots()).then_some(samples.least_interval),
+            largest_interval_bytes: (!findings.is_of_snapshots()).then_some(samples.largest_interval),
         })
     }
 }
@@ -151,7 +157,7 @@ impl Shown {
             total_count_error_95: figures.count_error(&total),
             peak_bytes: findings.peak.bytes(),
             peak_bytes_error_95: figures.bytes_error(&findings.peak),
-            peak_time_ns: findings.peak_time_ns,
+            peak_time_ns: findings.merged.is_none().then_some(findings.peak_time_ns),
             snapshot: findings.of_snapshot.map(|OfSnapshot { shown, count }| ShownSnapshot {
                 index: shown.head.index,
                 reason: shown.head.reason.name(),
@@ -185,6 +191,15 @@ pub(super) fn view_text(findings: &Findings) -> String {
         };
     }
     match findings.view {
+        View::HighWaterMark if findings.merged.is_some() && findings.is_of_snapshots() => {
+            "Live at each process's own highest snapshot".to_owned()
+        }
+        View::Leaks if findings.merged.is_some() && findings.is_of_snapshots() => {
+            "Allocated while recording and live at each process's last snapshot".to_owned()
+        }
+        View::HighWaterMark if findings.merged.is_some() => {
+            "Live at each process's own high-water mark".to_owned()
+        }
         View::HighWaterMark => {
             format!("Live at the high-water mark, {} after the start", duration(findings.peak_time_ns))
         }
@@ -219,6 +234,9 @@ pub(super) fn write_view(findings: &Findings, out: &mut dyn Write) -> io::Result
 
 /// The lines about the run itself.
 pub(super) fn write_run(findings: &Findings, out: &mut dyn Write) -> io::Result<()> {
+    if let Some(merged) = &findings.merged {
+        return write_several(findings, merged, out);
+    }
     write_header(&findings.header, out)?;
     let ended = match &findings.trailer {
         Some(Trailer { reason, .. }) => escaped(&reason.text()).into_owned(),
@@ -228,7 +246,7 @@ pub(super) fn write_run(findings: &Findings, out: &mut dyn Write) -> io::Result<
     if let Some(line) = sampling_text(findings) {
         writeln!(out, "{line}")?;
     }
-    if findings.header.aggregated && findings.of_snapshot.is_none() {
+    if findings.header.aggregated && !findings.is_of_snapshots() {
         writeln!(out, "note: there is no snapshot in it")?;
     }
     for warning in warnings(findings) {
@@ -238,7 +256,7 @@ pub(super) fn write_run(findings: &Findings, out: &mut dyn Write) -> io::Result<
 }
 
 /// What makes the figures of a sampled capture what they are, in one line.
-fn sampling_text(findings: &Findings) -> Option<String> {
+pub(super) fn sampling_text(findings: &Findings) -> Option<String> {
     let Findings { header, samples, missing, .. } = findings;
     let mean = header.sampling_mean_bytes?;
     let mut text = format!("Sampled at {} mean", size(mean));
@@ -265,6 +283,11 @@ pub(super) fn write_header(header: &Header, out: &mut dyn Write) -> io::Result<(
         header.pid,
         known(&header.command_line.join(" "))
     )?;
+    write_how(header, out)
+}
+
+/// When and how was recorded.
+pub(super) fn write_how(header: &Header, out: &mut dyn Write) -> io::Result<()> {
     let what = match header.sampling_mean_bytes {
         None if header.python_allocators => {
             "every malloc and mmap, and every allocation of CPython's own".to_owned()
@@ -284,14 +307,15 @@ pub(super) fn write_header(header: &Header, out: &mut dyn Write) -> io::Result<(
 }
 
 /// How long was recorded: as the trailer says, else up to the last record.
-fn run_duration(findings: &Findings) -> u64 {
+pub(super) fn run_duration(findings: &Findings) -> u64 {
     findings.trailer.as_ref().map_or(findings.last_time_ns, |trailer| trailer.duration_ns)
 }
 
 /// What is missing, in sentences. Empty if nothing is.
-fn warnings(findings: &Findings) -> Vec<String> {
+pub(super) fn warnings(findings: &Findings) -> Vec<String> {
     let missing = &findings.missing;
     let mut warnings = file_warnings(findings.cut.as_ref(), &findings.damage);
+    warnings.extend(findings.merged.iter().flat_map(merged_warnings));
     if missing.dropped > 0 {
         warnings.push(format!("{} were dropped while recording", counted(missing.dropped, "event")));
     }
@@ -323,6 +347,13 @@ fn warnings(findings: &Findings) -> Vec<String> {
         warnings.push("so some of what is shown as not freed may have been".to_owned());
     }
     warnings
+}
+
+/// Whether a file that the findings are from is not whole.
+pub(super) fn is_cut_or_damaged(findings: &Findings) -> bool {
+    let of_merged = findings.merged.iter().flat_map(|merged| &merged.processes);
+    let mut files = of_merged.map(|p| (&p.cut, &p.damage)).chain([(&findings.cut, &findings.damage)]);
+    files.any(|(cut, damage)| cut.is_some() || damage.chunks > 0)
 }
 
 /// What is wrong with the file itself.

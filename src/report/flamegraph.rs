@@ -4,10 +4,10 @@
 //! of a percent are merged, stacks end at a depth, and so does the text in all. What is merged is drawn as such,
 //! so that widths add up.
 
-use super::facts::{total, view_text};
+use super::facts::{is_cut_or_damaged, total, view_text};
 use super::figures::Figures;
 use super::names::{NO_STACK, place};
-use super::text::{escaped, fitted, size};
+use super::text::{counted, escaped, fitted, size};
 use super::{Format, Report, ReportError};
 use crate::analysis::{CallTree, Findings};
 use crate::capture::StackId;
@@ -59,13 +59,17 @@ impl Report for FlameGraph {
 }
 
 fn title(findings: &Findings) -> String {
-    format!("heaptap: pid {}, {}", findings.header.pid, Figures::of(findings).bytes(&total(findings)))
+    let of = match &findings.merged {
+        None => format!("pid {}", findings.header.pid),
+        Some(merged) => counted(merged.processes.len() as u64, "capture"),
+    };
+    format!("heaptap: {of}, {}", Figures::of(findings).bytes(&total(findings)))
 }
 
 /// One line that fits the picture; what makes the figures doubtful comes first.
 fn subtitle(findings: &Findings) -> String {
     let mut text = String::new();
-    if findings.cut.is_some() || findings.damage.chunks > 0 {
+    if is_cut_or_damaged(findings) {
         text.push_str("THE FILE IS CUT OR DAMAGED; ");
     }
     let dropped = findings.missing.dropped;

@@ -13,6 +13,7 @@ mod flamegraph;
 mod gauges;
 mod leaks;
 mod names;
+mod several;
 mod stats;
 mod summary;
 mod table;

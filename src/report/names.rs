@@ -1,6 +1,7 @@
 //! Locations and threads as reports name them.
 
 use super::text::escaped;
+use crate::analysis::Findings;
 use crate::capture::{FrameId, StackTable};
 use serde::Serialize;
 
@@ -20,7 +21,8 @@ pub(super) fn location(frame: Option<FrameId>, stacks: &StackTable) -> Location<
     let text = frame.map(|id| stacks.frame(id));
     Location {
         function: text.map(|text| text.function),
-        file: text.map(|text| text.file),
+        // Where processes are kept apart, the outermost frame is a process: it has no file.
+        file: text.map(|text| text.file).filter(|file| !file.is_empty()),
         line: text.map(|text| text.line).filter(|line| *line > 0),
     }
 }
@@ -30,6 +32,7 @@ pub(super) fn place(frame: Option<FrameId>, stacks: &StackTable) -> String {
     let Some(id) = frame else { return NO_STACK.to_owned() };
     let text = stacks.frame(id);
     match text.line {
+        0 if text.file.is_empty() => escaped(text.function).into_owned(),
         0 => format!("{} ({})", escaped(text.function), escaped(text.file)),
         line => format!("{} ({}:{line})", escaped(text.function), escaped(text.file)),
     }
@@ -39,6 +42,9 @@ pub(super) fn place(frame: Option<FrameId>, stacks: &StackTable) -> String {
 pub(super) fn function(frame: Option<FrameId>, stacks: &StackTable) -> String {
     let Some(id) = frame else { return NO_STACK.to_owned() };
     let text = stacks.frame(id);
+    if text.file.is_empty() {
+        return escaped(text.function).into_owned();
+    }
     format!("{} ({})", escaped(text.function), escaped(text.file))
 }
 
@@ -53,5 +59,25 @@ pub(super) fn thread(tid: u32, stacks: &StackTable) -> String {
     match thread_name(tid, stacks) {
         Some(name) => format!("{tid} ({})", escaped(name)),
         None => tid.to_string(),
+    }
+}
+
+/// The same; of several processes `12/1234 (MainThread)`, or the name alone where they were united by it.
+pub(super) fn thread_found(tid: u32, findings: &Findings) -> String {
+    let name = thread_name(tid, &findings.stacks).map(escaped);
+    match (&findings.merged, ids(tid, findings), name) {
+        (None, ..) => thread(tid, &findings.stacks),
+        (Some(_), Some((pid, tid)), Some(name)) => format!("{pid}/{tid} ({name})"),
+        (Some(_), Some((pid, tid)), None) => format!("{pid}/{tid}"),
+        (Some(_), None, Some(name)) => name.into_owned(),
+        (Some(_), None, None) => "<without a name>".to_owned(),
+    }
+}
+
+/// Pid and thread id of a thread, where it is one.
+pub(super) fn ids(tid: u32, findings: &Findings) -> Option<(u32, u32)> {
+    match &findings.merged {
+        None => Some((findings.header.pid, tid)),
+        Some(merged) => merged.threads.get(tid.checked_sub(1)? as usize).copied(),
     }
 }

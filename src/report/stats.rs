@@ -36,7 +36,8 @@ struct Document<'a> {
     failed_allocations: Option<u64>,
     distinct_stacks: usize,
     peak_bytes: u64,
-    peak_time_ns: u64,
+    /// `null` for several processes: each had its own.
+    peak_time_ns: Option<u64>,
     live_bytes_at_end: u64,
     live_blocks_at_end: u64,
     #[serde(flatten)]
@@ -160,7 +161,7 @@ fn document<'a>(
         failed_allocations: counters.map(|c| c.failed_allocations).filter(|_| !figures.estimated),
         distinct_stacks: findings.statistics.distinct_stacks(),
         peak_bytes: findings.peak.bytes(),
-        peak_time_ns: findings.peak_time_ns,
+        peak_time_ns: findings.merged.is_none().then_some(findings.peak_time_ns),
         live_bytes_at_end: findings.live.bytes(),
         live_blocks_at_end: findings.live.count(),
         errors: document_errors(findings),
@@ -192,7 +193,7 @@ fn document<'a>(
 
 /// Without an event log it is the trailer that has the numbers of some events.
 fn is_counted(findings: &Findings) -> bool {
-    findings.of_snapshot.is_none() || findings.trailer.is_some()
+    !findings.is_of_snapshots() || findings.trailer.is_some()
 }
 
 fn document_errors(findings: &Findings) -> Option<DocumentErrors> {
@@ -227,9 +228,12 @@ fn write_totals(findings: &Findings, out: &mut dyn Write) -> io::Result<()> {
         }
     }
     let peak = figures.bytes(&findings.peak);
-    let of = if findings.of_snapshot.is_some() { ", the highest of the snapshots" } else { "" };
-    writeln!(out, "Peak: {peak} live after {}{of}", duration(findings.peak_time_ns))?;
-    let end = if findings.of_snapshot.is_some() { "At the last snapshot" } else { "At the end" };
+    let of = if findings.is_of_snapshots() { ", the highest of the snapshots" } else { "" };
+    match &findings.merged {
+        None => writeln!(out, "Peak: {peak} live after {}{of}", duration(findings.peak_time_ns))?,
+        Some(_) => writeln!(out, "Peak: {peak} live, the sum of what each process had at its own{of}")?,
+    }
+    let end = if findings.is_of_snapshots() { "At the last snapshot" } else { "At the end" };
     writeln!(
         out,
         "{end}: {} live in {}",
@@ -242,7 +246,7 @@ fn write_totals(findings: &Findings, out: &mut dyn Write) -> io::Result<()> {
 fn write_histogram(findings: &Findings, out: &mut dyn Write) -> io::Result<()> {
     let bins = findings.statistics.size_histogram();
     let figures = Figures::of(findings);
-    if findings.of_snapshot.is_some() {
+    if findings.is_of_snapshots() {
         return writeln!(out, "\nSizes: not known without an event log (`attach --events`)");
     }
     let most = bins.iter().map(|bin| bin.totals.count()).max().unwrap_or(0).max(1);

@@ -3,7 +3,7 @@
 use super::columns::{Column, Kind, write_columns};
 use super::facts::{Facts, Shown, total, write_view};
 use super::figures::{Errors, Figures};
-use super::names::{Location, location, place, thread, thread_name};
+use super::names::{Location, ids, location, place, thread_found, thread_name};
 use super::text::{fitted, percent, share};
 use super::{Format, Report, ReportError, limited, write_json, write_rest};
 use crate::analysis::{Findings, Totals};
@@ -35,7 +35,11 @@ struct Document<'a> {
 struct Row<'a> {
     #[serde(flatten)]
     location: Location<'a>,
-    tid: u32,
+    /// Where processes are kept apart.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pid: Option<u32>,
+    /// `null` where threads of several processes are united by their names.
+    tid: Option<u32>,
     thread_name: Option<&'a str>,
     allocator: &'static str,
     bytes: u64,
@@ -90,7 +94,7 @@ impl Table {
                     share(totals.bytes(), whole),
                     figures.count(totals),
                     allocator.name().to_owned(),
-                    fitted(&thread(*tid, &findings.stacks), 24).into_owned(),
+                    fitted(&thread_found(*tid, findings), 24).into_owned(),
                     place(*frame, &findings.stacks),
                 ]
             })
@@ -104,7 +108,8 @@ impl Table {
         let (figures, whole) = (Figures::of(findings), total(findings).bytes());
         let allocations = rows.iter().map(|((frame, tid, allocator), totals)| Row {
             location: location(*frame, &findings.stacks),
-            tid: *tid,
+            pid: findings.merged.as_ref().and(ids(*tid, findings)).map(|(pid, _)| pid),
+            tid: ids(*tid, findings).map(|(_, tid)| tid),
             thread_name: thread_name(*tid, &findings.stacks),
             allocator: allocator.name(),
             bytes: totals.bytes(),

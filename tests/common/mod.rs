@@ -6,6 +6,7 @@
 #![allow(dead_code, unused_imports, reason = "every test binary compiles this module and uses a part of it")]
 
 pub mod dump;
+pub mod family;
 pub mod heaptap;
 pub mod kind;
 pub mod pointers;
@@ -15,6 +16,7 @@ pub mod snapshot;
 pub mod target;
 pub mod truth;
 
+pub use family::{Family, FamilyRecording};
 pub use heaptap::{Recording, heaptap};
 pub use kind::{Kind, for_each_kind};
 pub use pythons::{Flavour, Python, for_each_python, pythons};
