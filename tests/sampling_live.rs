@@ -45,19 +45,19 @@ fn start(arguments: &[&str]) -> Target {
 
 /// Records one "go" and holds what must be true of every single run against it.
 fn record(target: &mut Target, arguments: &[&str]) -> (Truth, Run) {
-    record_while(target, arguments, |_, _| {})
+    record_while(target, arguments, |_| |_: &AtomicBool| {})
 }
 
-/// The same while something else is done in a thread, until it is told to stop.
-fn record_while(
+/// The same while something else is done in a thread, until it is told to stop; `prepare` makes that of the recorded process.
+fn record_while<M: FnOnce(&AtomicBool) + Send>(
     target: &mut Target,
     arguments: &[&str],
-    meanwhile: impl FnOnce(i32, &AtomicBool) + Send,
+    prepare: impl FnOnce(i32) -> M,
 ) -> (Truth, Run) {
     let recording = Recording::attach(target, arguments);
-    let (stop, pid) = (AtomicBool::new(false), target.pid());
+    let (stop, meanwhile) = (AtomicBool::new(false), prepare(target.pid()));
     let truth = std::thread::scope(|scope| {
-        scope.spawn(|| meanwhile(pid, &stop));
+        scope.spawn(|| meanwhile(&stop));
         let truth = target.go();
         stop.store(true, Ordering::Relaxed);
         Truth::from_json(&truth)
@@ -100,7 +100,7 @@ fn estimates_of_live_recordings_have_no_bias_and_their_errors_cover_the_truth() 
 #[test]
 fn estimates_have_no_bias_when_the_interval_changes_meanwhile() {
     let mut target = start(&[]);
-    let mut figures = Figures::new(Mode::UpTo(2 * INTERVAL));
+    let mut figures = Figures::new(Mode::Between(INTERVAL, 2 * INTERVAL));
     let mut intervals = std::collections::BTreeSet::new();
     while wanted(&figures) {
         let arguments = sampled(0xc0de_0000 + figures.runs().1);
@@ -113,15 +113,17 @@ fn estimates_have_no_bias_when_the_interval_changes_meanwhile() {
 }
 
 /// Changes the interval of the agent in the process.
-fn wobble(pid: i32, stop: &AtomicBool) {
+fn wobble(pid: i32) -> impl FnOnce(&AtomicBool) + Send {
     let (word, start) = (interval_word(pid), Instant::now());
-    for turn in 0.. {
-        word.write(INTERVAL << (turn % 2));
-        // The limit is for a test that failed.
-        if stop.load(Ordering::Relaxed) || start.elapsed() > Duration::from_secs(60) {
-            return;
+    move |stop| {
+        for turn in 0.. {
+            word.write(INTERVAL << (turn % 2));
+            // The limit is for a test that failed.
+            if stop.load(Ordering::Relaxed) || start.elapsed() > Duration::from_secs(60) {
+                return;
+            }
+            std::thread::sleep(Duration::from_micros(300));
         }
-        std::thread::sleep(Duration::from_micros(300));
     }
 }
 
@@ -144,7 +146,8 @@ fn a_recording_that_costs_too_much_samples_less_and_stays_right() {
 
 /// Records `steady.py` until the interval is [`RAISED`]; the capture and what the program says.
 fn record_until_raised(target: &mut Target) -> (Capture, Value) {
-    let recording = Recording::attach(target, &["--sample", "4KiB", "--max-cpu", "0.1"]);
+    // So little that no machine is too fast: each step takes a sample to cost a fifth of what it does.
+    let recording = Recording::attach(target, &["--sample", "4KiB", "--max-cpu", "0.01"]);
     let (word, started) = (interval_word(target.pid()), Instant::now());
     assert_eq!(word.read(), SMALL);
     target.send("start");

@@ -18,8 +18,8 @@ use serde_json::Value;
 pub enum Mode {
     /// The same all the time.
     Fixed(u64),
-    /// It changed, up to this.
-    UpTo(u64),
+    /// It changed between these two.
+    Between(u64, u64),
 }
 
 /// A place of the program: its blocks, and which of them live at the end.
