@@ -17,7 +17,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Gauges of so old a moment (seconds) are kept once in so many seconds.
-const GAUGE_STEPS: [(u64, u64); 2] = [(86_400, 60), (3_600, 10)];
+const GAUGE_STEPS: [(u64, u64); 3] = [(2_592_000, 3_600), (86_400, 60), (3_600, 10)];
 const SECOND: u64 = 1_000_000_000;
 /// Moments of gauges that are put into one chunk.
 const GAUGES_PER_CHUNK: usize = 1024;

@@ -140,7 +140,7 @@ impl Pymalloc {
         let (free, all) = (field(self.object.nfreepools, 4)?, field(self.object.ntotalpools, 4)?);
         let first_pool = address.checked_next_multiple_of(self.pool_bytes)?;
         let expected = self.arena_bytes / self.pool_bytes - u64::from(first_pool != address);
-        let inside = unused >= first_pool && unused <= first_pool + expected * self.pool_bytes;
+        let inside = unused.checked_sub(first_pool).is_some_and(|used| used <= expected * self.pool_bytes);
         let possible = address % 4096 == 0 && inside && unused % self.pool_bytes == 0;
         (possible && all == expected && free <= all).then_some(Arena {
             first_pool,
@@ -176,9 +176,12 @@ impl Pymalloc {
 
     fn blocks(&self, header: &[u8]) -> Option<u64> {
         let (blocks, class) = (word(header, self.header.r#ref, 4)?, word(header, self.header.szidx, 4)?);
-        let bytes = blocks * (class + 1) * CLASS;
-        let possible = class < CLASSES && bytes <= self.pool_bytes - self.header.size;
-        (blocks == 0 || possible).then_some(if blocks == 0 { 0 } else { bytes })
+        if blocks == 0 {
+            return Some(0);
+        }
+        // Anything may stand where a pool was: no product of what was not looked at.
+        let bytes = (class < CLASSES).then(|| blocks * (class + 1) * CLASS)?;
+        (bytes <= self.pool_bytes - self.header.size).then_some(bytes)
     }
 }
 

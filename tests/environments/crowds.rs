@@ -58,7 +58,9 @@ fn states_of_threads_that_left_without_cpythons_knowledge() {
         let recording = Recording::attach(&target, &kind.with(&[]));
         let truth = target.go();
         let capture = recording.stop();
-        assert!(python.libc != "glibc" || truth["burnt"] == 5, "nothing is shown: {truth}");
+        // Its own /proc tells the program what is mapped; musl unmaps the stack of a thread that ends.
+        let is_shown = python.libc == "glibc" && python.root.is_none();
+        assert!(!is_shown || truth["burnt"] == 5, "nothing is shown: {truth}");
         Truth::from_json(truth).assert_matches(&capture.assert_code(0).dump());
         assert_left_no_trace(&before, &mut target);
     });

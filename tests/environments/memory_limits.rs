@@ -5,11 +5,13 @@ use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
 use super::{a_few, assert_refused, refusal};
 use crate::common::heaptap::heaptap_says;
+use crate::common::sites::{moments, over_all};
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
 use crate::common::{Kind, Python, Recording, Snapshot, Target, for_each_kind, skipped};
@@ -55,6 +57,18 @@ impl Group {
         line.and_then(|value| value.parse().ok()).unwrap_or(0)
     }
 
+    /// Whether a statistic comes to be larger than that. The kernel gathers what its processors count every two seconds.
+    fn has_more(&self, name: &str, than: u64) -> bool {
+        let started = Instant::now();
+        while self.stat(name) <= than {
+            if started.elapsed() > Duration::from_secs(20) {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        true
+    }
+
     fn used(&self) -> u64 {
         self.number(self.used)
     }
@@ -80,7 +94,7 @@ impl Drop for Group {
         for _ in 0..100 {
             match fs::remove_dir(&self.folder) {
                 Err(error) if error.raw_os_error() == Some(nix::libc::EBUSY) => {
-                    std::thread::sleep(std::time::Duration::from_millis(10));
+                    std::thread::sleep(Duration::from_millis(10));
                 }
                 _ => return,
             }
@@ -112,13 +126,38 @@ fn a_target_whose_group_has_no_room_is_refused_and_one_that_has_is_recorded() {
             let recording = Recording::attach(&target, &[]);
             let truth = Truth::from_json(target.go());
             // The target fills its ring: its group is charged for that, whoever made it.
-            assert!(group.stat("shmem") > shared, "the ring is not charged to the target's group");
+            assert!(group.has_more("shmem", shared), "the ring is not charged to the target's group");
             let added = group.used().saturating_sub(used);
             assert!(added < 4 << 20, "recording added {added} bytes");
             truth.assert_matches(&recording.stop().assert_code(0).dump());
             assert_left_no_trace(&before, &mut target);
         },
     );
+}
+
+/// heaptap is outside the group: what was live when the kernel struck is in the file.
+#[test]
+fn a_target_that_the_oom_killer_ends_has_its_last_snapshot() {
+    for_each_kind(a_few, |python, kind| {
+        let Some(group) = Group::new() else { return };
+        let mut target = group.start(python, "hungry.py");
+        group.set_limit(96 << 20);
+        let recording = Recording::attach(&target, &kind.with(&["--snapshot-every", "1h"]));
+        let truth = target.go();
+        target.send("eat");
+        let capture = recording.finish();
+        assert_eq!(target.wait().signal(), Some(Signal::SIGKILL as i32));
+        capture.assert_code(0);
+        assert!(capture.stderr.contains("OOM killer"), "{}", capture.stderr);
+        let found = moments(&capture.path);
+        assert_eq!(found.last().map(|moment| moment.reason.as_str()), Some("end"));
+        let claim = &truth["records"][0];
+        let [live, ..] = over_all(&found, "working", claim["line"].as_u64().unwrap());
+        assert_eq!(live, (9 * 1807, 9));
+        // What it choked on is named.
+        let table = capture.report("table", &["--leaks"]);
+        assert!(table.contains("eating"), "{table}");
+    });
 }
 
 #[test]
