@@ -92,6 +92,14 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// A report that is of one process.
+    #[error("{} is a folder: `{verb}` is of one process, so give it one of the captures in it", path.display())]
+    FolderOfProcesses {
+        /// The folder.
+        path: PathBuf,
+        /// The report.
+        verb: &'static str,
+    },
     /// Records of several processes are in no order.
     #[error("{} is a folder: the records of its captures are of different processes and in no common order", path.display())]
     FolderOfRecords {
@@ -145,6 +153,7 @@ impl Error {
             | Self::MomentsReversed { .. }
             | Self::EmptyFolder { .. }
             | Self::NotAFolder { .. }
+            | Self::FolderOfProcesses { .. }
             | Self::FolderOfRecords { .. }
             | Self::OutputExists(_)
             | Self::OutputNotRegular(_)
@@ -202,6 +211,9 @@ impl Error {
             }
             Self::EmptyFolder { .. } => Some("its index.json tells what became of each process".into()),
             Self::NotAFolder { .. } => Some("leave --split-processes out".into()),
+            Self::FolderOfProcesses { path, verb } => {
+                Some(format!("heaptap {verb} {}/PID.heaptap", path.display()))
+            }
             Self::FolderOfRecords { path } => {
                 Some(format!("dump one of them: heaptap dump {}/PID.heaptap", path.display()))
             }

@@ -380,9 +380,10 @@ fn processes_are_selected_by_name() {
 
 #[test]
 fn processes_are_selected_by_cgroup() {
-    let name = format!("heaptap-test-{}", std::process::id());
-    let Some(cgroup) = Cgroup::new(&name) else { return skipped("no cgroup can be made here") };
     for_each_python(a_few, |python| {
+        // Interpreters take turns side by side.
+        let name = format!("heaptap-test-{}-{}", std::process::id(), python.name);
+        let Some(cgroup) = Cgroup::new(&name) else { return skipped("no cgroup can be made here") };
         let mut family = Family::start(python);
         let child = family.child("fork");
         let before = Snapshot::take(child);

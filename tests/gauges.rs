@@ -59,8 +59,9 @@ fn assert_heap(python: &Python, moment: &Value, heap: &Value) {
     let said = |name: &str| heap[name].as_u64().unwrap();
     assert!(said("fordblks") > MIB && said("hblkhd") > 3 * MIB, "the heap is no test: {heap}");
     assert_eq!(moment["heap_held"], said("arena") + said("hblkhd"), "{moment} {heap}");
-    assert_eq!(moment["heap_free"], said("fordblks"), "{moment} {heap}");
-    assert_eq!(moment["heap_in_use"], said("uordblks") + said("hblkhd"), "{moment} {heap}");
+    // Python may free what the question was asked with.
+    assert_near(&moment["heap_free"], said("fordblks"), 2 << 10, "heap_free");
+    assert_near(&moment["heap_in_use"], said("uordblks") + said("hblkhd"), 2 << 10, "heap_in_use");
 }
 
 /// Up to 3.9 arenas are of 256 KiB and pools of 4 KiB, later of 1 MiB and 16 KiB.

@@ -321,7 +321,7 @@ fn what_is_no_capture_is_said_with_what_to_do() {
     for (path, expected) in [
         (dir.path().join("missing"), "cannot open"),
         (text, "is not a heaptap capture"),
-        (dir.path().into(), "cannot read"),
+        (dir.path().into(), "has no index.json"),
     ] {
         let (error, code) = failure(&["summary", path.to_str().unwrap()]);
         assert_eq!(code, 1);

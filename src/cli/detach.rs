@@ -50,7 +50,7 @@ pub fn run(args: &DetachArgs) -> Result<(), Error> {
 
 fn find(pid: i32) -> Result<Vec<Stale>, RecordError> {
     facts::check_attachable(pid)?;
-    Ok(stale::find(&ProcessMemory::new(pid), &maps::mappings(pid)?))
+    Ok(stale::find_in(pid, &ProcessMemory::new(pid), &maps::mappings(pid)?))
 }
 
 fn clean(pid: i32, found: &[Stale]) -> Result<LeftBehind, RecordError> {

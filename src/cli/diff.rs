@@ -102,6 +102,11 @@ impl Args {
         if self.cumulative && !grouping.is_by_frame() {
             return Err(Error::Usage("--cumulative goes with --by lineno, filename, function or module"));
         }
+        if let Some(path) =
+            [Some(&self.capture), self.other.as_ref()].into_iter().flatten().find(|p| p.is_dir())
+        {
+            return Err(Error::FolderOfProcesses { path: path.clone(), verb: "diff" });
+        }
         let first = Outline::read(&self.capture)?;
         let second = self.other.as_deref().map(Outline::read).transpose()?;
         let new = second.as_ref().unwrap_or(&first);

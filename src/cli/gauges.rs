@@ -36,6 +36,9 @@ pub(super) struct Args {
 
 impl Args {
     pub(super) fn run(self) -> Result<(), Error> {
+        if self.capture.is_dir() {
+            return Err(Error::FolderOfProcesses { path: self.capture, verb: "gauges" });
+        }
         let reader = CaptureReader::open(&self.capture)?;
         to_stdout(|out, width| {
             let format = match (self.json, self.csv) {

@@ -19,8 +19,9 @@ pub(super) struct FilterArgs {
 }
 
 impl FilterArgs {
-    pub(super) fn filter(self) -> Filter {
-        Filter { include: self.include, exclude: self.exclude, all_frames: self.all_frames }
+    pub(super) fn filter(&self) -> Filter {
+        let Self { include, exclude, all_frames } = self;
+        Filter { include: include.clone(), exclude: exclude.clone(), all_frames: *all_frames }
     }
 }
 

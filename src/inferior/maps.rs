@@ -134,6 +134,11 @@ pub fn namespaced_tasks(pid: i32) -> Result<Vec<(i32, i32)>, FactError> {
     Ok(tasks(pid)?.into_iter().map(|tid| (tid, inner(tid))).collect())
 }
 
+/// The number that the innermost pid namespace of process `pid` gives it: what it itself sees.
+pub fn own_pid(pid: i32) -> Option<i32> {
+    status(pid, pid).ok()?.ns_pids.last().copied()
+}
+
 /// The name the kernel has for a thread (`comm`), `None` when the thread is gone.
 pub fn task_name(pid: i32, tid: i32) -> Option<String> {
     let bytes = std::fs::read(format!("/proc/{pid}/task/{tid}/comm")).ok()?;

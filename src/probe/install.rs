@@ -159,7 +159,7 @@ impl Planting<'_> {
         for module in modules {
             let entries: Vec<_> = plan.entries.iter().filter(|e| e.module == module).collect();
             let base = self.map_near(entries[0].address, module)?;
-            let mut region = Region::new(base, myself()?);
+            let mut region = Region::new(base, myself(self.inferior.pid())?);
             for entry in entries {
                 region.add(Observed::Entry(entry))?;
                 self.patches.push(region::breakpoint_patch(entry.address, entry.file_bytes[0]));
@@ -254,12 +254,13 @@ fn report(result: Result<(), TraceError>) {
     }
 }
 
-/// This heaptap, as regions name it.
-pub fn myself() -> Result<Controller, ProbeError> {
+/// This heaptap and process `target`, as regions name them.
+pub fn myself(target: i32) -> Result<Controller, ProbeError> {
     let pid = std::process::id() as i32;
     let start_time = maps::start_time(pid)
         .map_err(|e| TraceError::Proc { path: "/proc/self/stat".into(), source: std::io::Error::other(e) })?;
-    Ok(Controller { pid: pid as u64, start_time })
+    let target = maps::own_pid(target).and_then(|own| u64::try_from(own).ok()).unwrap_or_default();
+    Ok(Controller { pid: pid as u64, start_time, target })
 }
 
 impl Installed {

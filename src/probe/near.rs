@@ -33,6 +33,8 @@ pub const RINGS_AT: usize = 48;
 pub const CODE_AT: usize = 64;
 /// The [`ABI_VERSION`], a u32.
 pub const ABI_AT: usize = 80;
+/// The process that it is written into, by the number that its own pid namespace gives it; 0: not told. A forked child has it, too.
+pub const TARGET_PID_AT: usize = 88;
 /// Addresses of the other regions, up to 8, zero ends.
 pub const OTHERS_AT: usize = 104;
 /// A name for the ring memory, NUL-terminated: memfd_create(2) reads it from here.
@@ -110,6 +112,7 @@ impl NearRegion {
         region.bytes[8..12].copy_from_slice(&(REGION_LEN as u32).to_le_bytes());
         region.put(16, controller.pid);
         region.put(24, controller.start_time);
+        region.put(TARGET_PID_AT, controller.target);
         region.bytes[NAME_AT..NAME_AT + NAME.len()].copy_from_slice(NAME);
         region
     }

@@ -150,13 +150,15 @@ pub enum Observed<'a> {
     Word(&'a TableWord),
 }
 
-/// Who plants, for the header.
+/// Who plants, and where, for the header.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Controller {
     /// Our pid.
     pub pid: u64,
     /// When we started, in clock ticks since boot.
     pub start_time: u64,
+    /// The process that is planted into, by the number that its own pid namespace gives it; 0: not known.
+    pub target: u64,
 }
 
 fn asm(bits: Result<CodeAssembler, IcedError>, what: &str) -> Result<CodeAssembler, ProbeError> {

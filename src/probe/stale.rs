@@ -36,6 +36,8 @@ pub struct Stale {
     /// Pid of the heaptap that wrote it, and when that started (clock ticks since boot).
     pub controller: (i32, u64),
     handler_installed: bool,
+    /// The process that it was written into, as that numbers itself; 0: not told.
+    target: u64,
     /// address, length, before, planted
     patches: Vec<(RemoteAddr, usize, [u8; 8], [u8; 8])>,
     /// The rest of the jump kind.
@@ -49,7 +51,7 @@ pub struct Stale {
 struct Jump {
     parts: Parts,
     others: Vec<RemoteAddr>,
-    /// The state is not of a live recording: a forked child's, which is wiped.
+    /// Not of a live recording: a forked child's, whose state is wiped.
     inherited: bool,
 }
 
@@ -171,8 +173,20 @@ impl Stale {
     }
 }
 
-/// Every region of ours in a process. Reads only.
-pub fn find(memory: &dyn RemoteMemory, maps: &[Mapping]) -> Vec<Stale> {
+/// Every region of ours in process `pid`. Reads only.
+pub fn find_in(pid: i32, memory: &dyn RemoteMemory, maps: &[Mapping]) -> Vec<Stale> {
+    let mut found = find(memory, maps);
+    let own = maps::own_pid(pid);
+    for stale in &mut found {
+        if let Some(jump) = &mut stale.jump {
+            // Written into the process that forked this one, however much of it was written by then.
+            jump.inherited |= stale.target != 0 && own.is_some_and(|own| own as u64 != stale.target);
+        }
+    }
+    found
+}
+
+fn find(memory: &dyn RemoteMemory, maps: &[Mapping]) -> Vec<Stale> {
     let mut found = written(memory, maps);
     found.extend(maps.iter().filter_map(|m| blank(memory, m)));
     found
@@ -192,7 +206,8 @@ fn blank(memory: &dyn RemoteMemory, mapping: &Mapping) -> Option<Stale> {
     let parts = Parts { code: (mapping.start, len), ..Parts::default() };
     let jump = Some(Jump { parts, others: vec![], inherited: false });
     let (base, controller) = (mapping.start, (0, 0));
-    let stale = Stale { base, controller, handler_installed: false, patches: vec![], jump, blank: true };
+    let stale =
+        Stale { base, controller, handler_installed: false, target: 0, patches: vec![], jump, blank: true };
     stale.is_still_blank(memory).then_some(stale)
 }
 
@@ -292,6 +307,7 @@ fn parse(base: RemoteAddr, bytes: &[u8]) -> Option<Stale> {
         base,
         controller: (i32::try_from(word(bytes, 16)?).ok()?, word(bytes, 24)?),
         handler_installed: jump.is_none() && word(bytes, HANDLER_INSTALLED as usize)? == 1,
+        target: if jump.is_some() { word(bytes, near::TARGET_PID_AT)? } else { 0 },
         patches,
         jump,
         blank: false,

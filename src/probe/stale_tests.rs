@@ -8,7 +8,7 @@ use crate::probe::region::{Controller, Patch, Region};
 
 #[test]
 fn a_region_written_is_a_region_found() {
-    let mut region = Region::new(RemoteAddr(0x10000), Controller { pid: 77, start_time: 5 });
+    let mut region = Region::new(RemoteAddr(0x10000), Controller { pid: 77, start_time: 5, target: 0 });
     let patch = Patch {
         address: RemoteAddr(0x4000),
         len: 1,
@@ -35,7 +35,7 @@ fn mapping(start: u64, len: u64, rights: [bool; 3], backing: Backing) -> Mapping
 fn only_what_looks_like_ours_is_unmapped() {
     const CODE: [bool; 3] = [false, true, false];
     const LEN: u64 = REGION_LEN as u64;
-    let by = Controller { pid: 77, start_time: 5 };
+    let by = Controller { pid: 77, start_time: 5, target: 0 };
     let [first, agent_len] = [0x10_0000, 0x7000];
     let others = [0x20_0000, 0x30_0000, 0x40_0000, 0x50_0000, 0x60_0000].map(RemoteAddr);
     let [whole, half, data, file, strangers] = others;
@@ -105,7 +105,7 @@ fn hostile_bytes_are_no_region() {
 #[test]
 fn a_state_that_was_noted_is_ours_only_if_it_came() {
     let (first, at, len) = (0x10_0000, 0x7f00_0000_1000, size_of::<State>() as u64);
-    let mut region = NearRegion::new(RemoteAddr(first), Controller { pid: 77, start_time: 5 });
+    let mut region = NearRegion::new(RemoteAddr(first), Controller { pid: 77, start_time: 5, target: 0 });
     let state = (RemoteAddr(at), len | near::COMING);
     region.locate(&Parts { code: (RemoteAddr(first), REGION_LEN as u64), state, ..Parts::default() });
     let mut memory = BytesMemory::new();
@@ -123,4 +123,23 @@ fn a_state_that_was_noted_is_ours_only_if_it_came() {
     assert!(
         !unmapped(vec![]) && !unmapped(data(at, pages + PAGE)) && !unmapped(data(at - PAGE, pages + PAGE))
     );
+}
+
+/// A child that was forked before all of it was written has the number of the one that it was written for.
+#[test]
+fn what_was_written_into_the_parent_is_inherited_however_little_of_it_is_there() {
+    let us = std::process::id() as i32;
+    let len = REGION_LEN as u64;
+    let maps = [mapping(0x10_0000, len, [false, true, false], Backing::Anonymous)];
+    let lives = |target: u64| {
+        let by = Controller { target, ..crate::probe::install::myself(us).unwrap() };
+        let mut region = NearRegion::new(RemoteAddr(0x10_0000), by);
+        region.locate(&Parts { code: (RemoteAddr(0x10_0000), len), ..Parts::default() });
+        let mut memory = BytesMemory::new();
+        memory.map(RemoteAddr(0x10_0000), region.image().unwrap());
+        find_in(us, &memory, &maps)[0].controller_lives()
+    };
+    let own = maps::own_pid(us).unwrap() as u64;
+    // A heaptap that does not tell whom it records is believed.
+    assert_eq!((lives(own), lives(0), lives(own + 1)), (true, true, false));
 }

@@ -93,7 +93,7 @@ pub fn examine(pid: i32, kind: Kind, python_allocators: bool) -> Result<Examined
     let modules = modules(maps::memory_holder(pid), &maps, &memory)?;
     let python = Python::locate(&memory, &binaries(&modules))?;
     let libc = libc_of(&modules);
-    let stale = stale::find(&memory, &maps);
+    let stale = stale::find_in(pid, &memory, &maps);
     let tables = python_allocators || (kind == Kind::Jump && python.flavour == Flavour::FreeThreaded);
     let tables = if tables { Some(allocators::find(&memory, &binaries(&modules), &python)?) } else { None };
     let words = tables.as_ref().map(|t| table_words(t, &stale)).unwrap_or_default();

@@ -100,8 +100,9 @@ pub fn plant<W>(
     let hooks = wanted(&examined.plan, examined.code_dealloc)?;
     let settings = settings(jump, examined)?;
     let mut one = Inferior::seize_thread(pid)?;
-    let loaded =
-        load_with(&mut one, examined, |one| Ok(load::load(one, &hooks, &settings, install::myself()?)?));
+    let loaded = load_with(&mut one, examined, |one| {
+        Ok(load::load(one, &hooks, &settings, install::myself(one.pid())?)?)
+    });
     let detached = one.detach();
     let loaded = loaded?;
     let planted = detached.map_err(RecordError::from).and_then(|()| {

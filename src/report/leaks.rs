@@ -9,7 +9,7 @@ use crate::analysis::{Leaks, Outline, ProcessGrowth, SiteVerdict, TooLittle, Ver
 use serde::Serialize;
 use std::io::Write;
 
-const HOUR: f64 = 3600.0;
+pub(super) const HOUR: f64 = 3600.0;
 
 /// The report.
 pub struct LeaksReport<'a> {
@@ -232,7 +232,7 @@ impl LeaksReport<'_> {
 }
 
 /// `+1.2 MiB`, `-3 B`.
-fn signed(bytes: f64) -> String {
+pub(super) fn signed(bytes: f64) -> String {
     let sign = if bytes < 0.0 { "-" } else { "+" };
     format!("{sign}{}", size(bytes.abs().round() as u64))
 }

@@ -15,7 +15,7 @@ pub(super) fn remove(pid: i32) -> Result<(), RecordError> {
     if runs_in_its_parents_memory(pid) {
         return Ok(());
     }
-    let found = stale::find(&ProcessMemory::new(pid), &maps::mappings(pid)?);
+    let found = stale::find_in(pid, &ProcessMemory::new(pid), &maps::mappings(pid)?);
     if found.is_empty() || found.iter().any(stale::Stale::controller_lives) {
         return Ok(());
     }

@@ -75,7 +75,7 @@ pub fn malloc_jump(target: &Target) -> MallocJump {
 /// The executable region of heaptap's in a target, from its header on.
 pub fn region(target: &Target) -> std::ops::Range<u64> {
     let memory = heaptap::inferior::memory::ProcessMemory::new(target.pid());
-    let found = heaptap::probe::stale::find(&memory, &maps::mappings(target.pid()).unwrap());
+    let found = heaptap::probe::stale::find_in(target.pid(), &memory, &maps::mappings(target.pid()).unwrap());
     let base = found.first().expect("heaptap is in the target").base.0;
     base..base + heaptap::probe::region::REGION_LEN as u64
 }

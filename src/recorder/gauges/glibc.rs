@@ -222,7 +222,7 @@ impl Heap {
         });
         tops.map(|(top, system)| {
             let size = memory.read_u64(top.offset(8)).ok()? & !FLAGS;
-            (size % ALIGNMENT == 0 && size <= system).then_some(size)
+            (size.is_multiple_of(ALIGNMENT) && size <= system).then_some(size)
         })
         .sum()
     }
@@ -298,7 +298,7 @@ impl List {
         let [size, next, previous] = [8, 16, 24].map(|at| word(bytes, at));
         let size = size & !FLAGS;
         let possible =
-            size >= LEAST_CHUNK && size % ALIGNMENT == 0 && self.size.is_none_or(|all| size == all);
+            size >= LEAST_CHUNK && size.is_multiple_of(ALIGNMENT) && self.size.is_none_or(|all| size == all);
         if !possible
             || !self.chunk.0.is_multiple_of(ALIGNMENT)
             || (!self.is_fast && previous != self.before.0)

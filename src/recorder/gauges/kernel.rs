@@ -43,6 +43,11 @@ impl Kernel {
         true
     }
 
+    /// See [`Pace::at_last`].
+    pub fn at_last(&mut self) {
+        self.pace.at_last();
+    }
+
     fn proportional(&mut self, process: &Process, resident: u64) -> Option<u64> {
         let pages = (resident / PAGE).max(1);
         let expected = Duration::from_nanos(pages.saturating_mul(self.page_cost_ns));

@@ -73,6 +73,15 @@ impl Instruments {
         Some(gauges)
     }
 
+    /// The next set is the last: it has everything that is not too dear.
+    fn at_last(&mut self) {
+        let heap = self.heap.iter_mut().map(|(_, pace)| pace);
+        let rest = self.groups.iter_mut().map(|(_, pace)| pace);
+        let rest = rest.chain(self.pymalloc.iter_mut().map(|(_, pace)| pace));
+        heap.chain(rest).for_each(Pace::at_last);
+        self.kernel.at_last();
+    }
+
     fn read_limit(&mut self, gauges: &mut Gauges) {
         let Some((groups, pace)) = &mut self.groups else { return };
         let start = Instant::now();
@@ -180,6 +189,7 @@ fn take_sets(mut instruments: Instruments, start: Instant, stopped: &Receiver<()
             Ok(()) => break,
         }
     }
+    instruments.at_last();
     if let Some(gauges) = instruments.take(start) {
         let _ = sets.send(gauges);
     }
