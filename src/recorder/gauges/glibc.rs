@@ -149,11 +149,12 @@ impl Heap {
         heap.mmapped(memory).is_some().then_some(heap)
     }
 
-    /// Bytes of blocks that are mappings of their own. Checked against the most that they ever were.
+    /// Bytes of blocks that are mappings of their own: pages, from 2.43 on without the words before a block. Checked against the
+    /// most that they ever were.
     fn mmapped(&self, memory: &dyn RemoteMemory) -> Option<u64> {
         let bytes = memory.read_vec(self.mmapped_mem, 16).ok()?;
         let (now, most) = (word(&bytes, 0), word(&bytes, 8));
-        (now <= most && most < 1 << 47 && now % 4096 == 0).then_some(now)
+        (now <= most && most < 1 << 47 && now.is_multiple_of(ALIGNMENT)).then_some(now)
     }
 
     /// Reads what it has; and, where `pace` allows, what of it is free.
