@@ -137,3 +137,34 @@ fn the_sums_of_a_folder_are_those_of_its_captures() {
     assert_eq!(all["run"]["complete"], false);
     assert_eq!(all["run"]["pid"], serde_json::Value::Null);
 }
+
+#[test]
+fn leaks_of_a_folder_judge_each_process_and_all_together() {
+    let folder = tempfile::tempdir().unwrap();
+    tree(folder.path());
+    let text = stdout(&["leaks"], folder.path());
+    assert_eq!(text.matches("Judged by").count(), 3, "{text}");
+    assert!(text.contains("Leaks of all 3 processes:\n"), "{text}");
+    let json: serde_json::Value = serde_json::from_str(&stdout(&["leaks", "--json"], folder.path())).unwrap();
+    let pids: Vec<_> =
+        json["processes"].as_array().unwrap().iter().map(|p| p["run"]["pid"].as_u64()).collect();
+    assert_eq!(pids, [Some(100), Some(101), Some(102)]);
+    // What leaks in several of them is one line.
+    let leaks_of = |process: &serde_json::Value| {
+        let sites = process["sites"].as_array().unwrap();
+        sites.iter().filter(|site| site["verdict"] == "leak").count() as u64
+    };
+    let all = json["processes"].as_array().unwrap().iter().map(leaks_of).sum::<u64>();
+    let together = json["leaks_of_all"].as_array().unwrap();
+    assert_eq!(together.iter().map(|line| line["processes"].as_u64().unwrap()).sum::<u64>(), all);
+}
+
+#[test]
+fn reports_of_one_process_say_so_of_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    tree(folder.path());
+    for verb in ["diff", "gauges"] {
+        let said = failure(&[verb, folder.path().to_str().unwrap()]);
+        assert!(said.contains("is a folder") && said.contains(&format!("hint: heaptap {verb}")), "{said}");
+    }
+}

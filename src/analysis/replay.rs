@@ -8,8 +8,8 @@ use super::statistics::Statistics;
 use super::temporary::Temporary;
 use crate::capture::Totals;
 use crate::capture::{
-    Allocation, Block, CaptureError, CaptureReader, CutShort, Damage, Displaced, DropReason, Free, Header,
-    LiveSet, Part, Record, StackTable, Trailer, Unmap,
+    Allocation, Block, CaptureError, CaptureReader, CutShort, Damage, Displaced, DropReason, Free, GapReason,
+    Header, LiveSet, Part, Record, StackTable, Trailer, Unmap,
 };
 
 /// Which allocations a report is about.
@@ -35,6 +35,8 @@ pub struct Missing {
     pub gaps: u64,
     /// Nanoseconds in gaps.
     pub gap_ns: u64,
+    /// Nanoseconds at the end in which CPython's own allocators were not recorded, for their tables had been replaced.
+    pub tables_replaced_ns: u64,
     /// Allocations at an address that was live: the free between them is missing.
     pub missed_frees: u64,
     /// Frees of blocks that the records don't have, though they should.
@@ -159,6 +161,10 @@ impl Replay {
             }
             Record::Drop { count, .. } => {
                 self.missing.dropped = self.missing.dropped.saturating_add(*count);
+            }
+            Record::Gap { duration_ns, reason: GapReason::TablesReplaced } => {
+                self.missing.tables_replaced_ns =
+                    self.missing.tables_replaced_ns.saturating_add(*duration_ns);
             }
             Record::Gap { duration_ns, .. } => {
                 self.missing.gaps += 1;
@@ -342,6 +348,7 @@ impl Missing {
         self.dropped = self.dropped.saturating_add(other.dropped);
         self.gaps = self.gaps.saturating_add(other.gaps);
         self.gap_ns = self.gap_ns.saturating_add(other.gap_ns);
+        self.tables_replaced_ns = self.tables_replaced_ns.saturating_add(other.tables_replaced_ns);
         self.missed_frees = self.missed_frees.saturating_add(other.missed_frees);
         self.missed_allocations = self.missed_allocations.saturating_add(other.missed_allocations);
     }

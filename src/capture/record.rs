@@ -96,6 +96,8 @@ pub enum GapReason {
     Paused,
     /// The breakpoints were lifted for a while.
     BreakpointsLifted,
+    /// The application replaced CPython's allocator tables: what they give out and take back is missing, the rest is not.
+    TablesReplaced,
     /// A reason this version does not know.
     Other(u8),
 }
@@ -127,7 +129,12 @@ reason_ids!(
     PassedThrough = 2 "the call was made inside the agent, or by a thread too many",
     FileFull = 3 "the file was full"
 );
-reason_ids!(GapReason, Paused = 0 "recording was paused", BreakpointsLifted = 1 "the breakpoints were lifted");
+reason_ids!(
+    GapReason,
+    Paused = 0 "recording was paused",
+    BreakpointsLifted = 1 "the breakpoints were lifted",
+    TablesReplaced = 2 "CPython's allocator tables were replaced"
+);
 
 /// One record. Definitions carry only their id; what they define is in the reader's stack table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

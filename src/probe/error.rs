@@ -16,8 +16,9 @@ pub enum ProbeError {
     },
     /// The bytes at an entry point are not those of the file.
     #[error(
-        "the first bytes of {function} at {addr} are {found:02x?}, but {module} has {expected:02x?} there: \
-         another tracer, a uprobe or an inline hook is on this function"
+        "the bytes of {function} at {addr} are {found:02x?}, but {module} has {expected:02x?} there: another tracer, a uprobe or an \
+         inline hook is on this function, or the program itself is changing it (as tracemalloc does CPython's allocator tables); \
+         try again if that may pass"
     )]
     EntryChanged {
         /// Which function.

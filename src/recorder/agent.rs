@@ -14,11 +14,12 @@ use super::nap::Nap;
 use super::plant::Planted;
 use super::reconcile::Reconciler;
 use super::source::{Finished, RecordSource, SourceCounts, SourceEvent, enter};
+use super::tables::Tables;
 use super::target_state::{Condition, TargetState};
 use super::tids::Tids;
 use super::told::Told;
 use super::translate::{Translated, Translator};
-use crate::capture::{CaptureWriter, DropReason, StackId};
+use crate::capture::{CaptureWriter, DropReason, GapReason, StackId};
 use crate::cpython::Python;
 use crate::inferior::Inferior;
 use crate::inferior::error::AttachError;
@@ -71,6 +72,9 @@ pub struct AgentSource {
     counts: SourceCounts,
     /// Calls that the agent passed through, of those counted the ones that are told.
     passed_told: u64,
+    tables: Tables,
+    /// Since when CPython's allocators have not been recorded.
+    tables_lost: Option<Instant>,
 }
 
 impl AgentSource {
@@ -85,8 +89,10 @@ impl AgentSource {
         let Planted { loaded, rings, heart, settings, .. } = planted;
         let pid = loaded.pid;
         let told = Told::new(python.layout.meaning.line_table);
-        let now = Instant::now();
+        let (now, memory) = (Instant::now(), ProcessMemory::new(pid));
         Ok(Self {
+            tables: Tables::of(&loaded, &memory),
+            tables_lost: None,
             nap: Nap::new(rings.ring_len(), settings.exact),
             merger: Merger::new(rings, told, settings.exact),
             clock: Clock::start(settings.ticks_per_second),
@@ -99,7 +105,7 @@ impl AgentSource {
             reconciler: Reconciler::default(),
             translator: Translator::default(),
             python,
-            memory: ProcessMemory::new(pid),
+            memory,
             exact: settings.exact,
             seccomp,
             current: None,
@@ -194,6 +200,17 @@ impl AgentSource {
                 return Ok(LeftBehind { regions, why: vec![error.to_string()], busy: true });
             }
             std::thread::sleep(TRACER_PAUSE);
+        }
+    }
+
+    fn watch_tables(&mut self) {
+        if let Some(since) = self.tables.lost_since(&self.memory) {
+            tracing::warn!(
+                "process {} has put other functions into CPython's allocator tables (tracemalloc.stop() does, where it was started \
+                 before the attach): what they give out and take back is not recorded from here on. Attach anew to record it",
+                self.loaded.pid
+            );
+            self.tables_lost = Some(since);
         }
     }
 
@@ -335,6 +352,7 @@ impl RecordSource for AgentSource {
         self.tids.refresh();
         self.count();
         self.measure();
+        self.watch_tables();
         let mut reconciler = std::mem::take(&mut self.reconciler);
         let stepped = reconciler.step(ledger, || self.target.tracked());
         self.reconciler = reconciler;
@@ -360,6 +378,7 @@ impl RecordSource for AgentSource {
     fn finish(mut self, ledger: &mut Ledger) -> Result<Finished, RecordError> {
         self.count();
         self.measure();
+        self.watch_tables();
         // Where nobody has asked since, the end of the recording would be silent about what is missing.
         let pid = self.loaded.pid;
         let is_off = matches!(self.target.condition(), Condition::SwitchedOff);
@@ -367,7 +386,14 @@ impl RecordSource for AgentSource {
         let suspected = self.suspect(ledger);
         let lifted = self.lift();
         // The target was let go; what it told until then is recorded whatever became of that.
-        let failed = suspected.and_then(|()| self.drain(ledger)).err().or(switched_off);
+        let told = suspected.and_then(|()| self.drain(ledger)).and_then(|()| match self.tables_lost {
+            Some(since) => {
+                let lost_ns = since.elapsed().as_nanos() as u64;
+                Ok(ledger.writer().gap(lost_ns, GapReason::TablesReplaced)?)
+            }
+            None => Ok(()),
+        });
+        let failed = told.err().or(switched_off);
         Ok(Finished { left: lifted?, failed, counts: self.counts })
     }
 

@@ -28,6 +28,7 @@ mod session;
 pub mod snapshots;
 pub mod source;
 mod stripes;
+mod tables;
 pub mod target_state;
 pub mod thread_names;
 pub mod tids;

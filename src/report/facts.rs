@@ -35,6 +35,8 @@ pub struct Facts<'a> {
     dropped_events: u64,
     gaps: u64,
     gap_ns: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tables_replaced_ns: Option<u64>,
     missed_frees: u64,
     missed_allocations: u64,
     warnings: Vec<String>,
@@ -116,6 +118,7 @@ impl<'a> Facts<'a> {
             dropped_events: missing.dropped.saturating_add(missing.unlogged),
             gaps: missing.gaps,
             gap_ns: missing.gap_ns,
+            tables_replaced_ns: Some(missing.tables_replaced_ns).filter(|ns| *ns > 0),
             missed_frees: missing.missed_frees,
             missed_allocations: missing.missed_allocations,
             warnings: warnings(findings),
@@ -331,6 +334,12 @@ pub(super) fn warnings(findings: &Findings) -> Vec<String> {
     if missing.gaps > 0 {
         let gaps = counted(missing.gaps, "gap");
         warnings.push(format!("nothing was recorded in {gaps} of {} together", duration(missing.gap_ns)));
+    }
+    if missing.tables_replaced_ns > 0 {
+        warnings.push(format!(
+            "the program replaced CPython's allocator tables: in the last {} objects were neither seen to come nor to go",
+            duration(missing.tables_replaced_ns)
+        ));
     }
     if missing.missed_frees > 0 {
         warnings.push(format!(

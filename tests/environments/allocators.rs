@@ -71,6 +71,33 @@ fn an_application_that_traces_its_memory_for_a_while() {
     });
 }
 
+/// What was there before the attach is put back by the application itself: nothing of CPython's own is recorded from then on,
+/// and that is told.
+#[test]
+fn an_application_that_traced_its_memory_before_and_stops() {
+    let jumps = |python: &Python, kind| python.records_promised(kind) && kind == Kind::Jump;
+    for_each_kind(jumps, |python, kind| {
+        let mut target = Target::start(python, "traced_memory.py");
+        tell(&mut target, "trace", "traced");
+        let recording = Recording::attach(&target, &kind.with(PYTHON_ALLOCATORS));
+        let truth = Truth::from_json(target.go());
+        tell(&mut target, "untrace", "untraced");
+        target.go();
+        let before = look(&target);
+        let capture = recording.stop();
+        assert!(capture.assert_code(0).stderr.contains("allocator tables"), "{}", capture.stderr);
+        let stats = capture.report("stats", &[]);
+        assert!(stats.contains("the program replaced CPython's allocator tables"), "{stats}");
+        // What it did before is all there.
+        let found = truth.differences(&capture.dump());
+        assert!(found.is_empty(), "{found:?}");
+        target.ping();
+        let now = look(&target);
+        assert!(now.changed_text().is_empty() && now.is_untraced(), "{now:#?}");
+        drop(before);
+    });
+}
+
 /// What tracemalloc has saved stays there for it to call, and goes once it has saved something else.
 fn assert_kept_until_traced_again(capture: &crate::common::heaptap::Capture, target: &mut Target) {
     assert!(capture.stderr.contains("left in the target"), "{}", capture.stderr);
