@@ -144,7 +144,7 @@ fn leaks_of_a_folder_judge_each_process_and_all_together() {
     tree(folder.path());
     let text = stdout(&["leaks"], folder.path());
     assert_eq!(text.matches("Judged by").count(), 3, "{text}");
-    assert!(text.contains("Leaks of all 3 processes:\n"), "{text}");
+    assert!(text.contains("Leaks of all 3 captures:\n"), "{text}");
     let json: serde_json::Value = serde_json::from_str(&stdout(&["leaks", "--json"], folder.path())).unwrap();
     let pids: Vec<_> =
         json["processes"].as_array().unwrap().iter().map(|p| p["run"]["pid"].as_u64()).collect();

@@ -78,7 +78,7 @@ impl<'a> LeaksOfFolder<'a> {
             writeln!(self.out, "[{}]\n}}", lines.join(",\n"))?;
             return Ok(self.processes);
         }
-        writeln!(self.out, "\nLeaks of all {}:", counted(self.processes, "process"))?;
+        writeln!(self.out, "\nLeaks of all {}:", counted(self.processes, "capture"))?;
         if together.is_empty() {
             writeln!(self.out, "  none")?;
         }
