@@ -93,7 +93,7 @@ impl AgentSource {
         Ok(Self {
             tables: Tables::of(&loaded, &memory),
             tables_lost: None,
-            nap: Nap::new(rings.ring_len(), settings.exact),
+            nap: Nap::new(rings.ring_len(), (!settings.exact).then_some(settings.interval)),
             merger: Merger::new(rings, told, settings.exact),
             clock: Clock::start(settings.ticks_per_second),
             tids: Tids::new(pid),

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 /// How often the resident set is read, and the control socket looked at.
 const RESIDENT_EVERY: Duration = Duration::from_secs(1);
-const CONTROL_EVERY: Duration = Duration::from_millis(20);
+const CONTROL_EVERY: Duration = Duration::from_millis(100);
 /// Looks of the source after which everything is told that had happened when a snapshot was asked for, and how long that is waited for.
 const IDLES: u64 = 2;
 const WAIT_FOR_IDLES: Duration = Duration::from_secs(1);

@@ -26,11 +26,11 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 /// The shortest time between two looks for children.
-const LOOK_EVERY: Duration = Duration::from_millis(10);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// The longest.
 const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(1);
 /// Looking takes no more than one part in so many of a processor's time.
-const LOOK_SHARE: u32 = 25;
+const LOOK_SHARE: u32 = 100;
 /// A process that is not recorded is looked at for another program once in so many looks.
 const LOOKS_PER_PROGRAM: u32 = 10;
 /// How long workers may take to end by themselves when the duration is over.
