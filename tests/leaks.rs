@@ -77,8 +77,9 @@ fn a_verdict_comes_with_its_evidence() {
     let path = dir.path().join("a.heaptap");
     snapshots(&path, true);
     let document = json(&[], &path);
-    let sites = document["sites"].as_array().unwrap();
-    assert_eq!(sites.len(), 2);
+    let sites = document.as_array().unwrap();
+    // Two lines, and the process.
+    assert_eq!(sites.len(), 3);
     let leak = &sites[0];
     assert_eq!(
         (&leak["verdict"], &leak["function"], &leak["line"]),
@@ -98,9 +99,11 @@ fn a_verdict_comes_with_its_evidence() {
         "{evidence}"
     );
     assert_eq!(sites[1]["verdict"], "warming");
-    let process = &document["process"];
-    assert_eq!(process["verdict"], "fragmentation");
-    assert_eq!(process["resident_growth_bytes"].as_u64().unwrap(), 80 * MIB);
+    assert_eq!(leak["share_of_resident_growth"], 0.75);
+    assert!(sites[1]["share_of_resident_growth"].is_null());
+    let process = &sites[2];
+    assert_eq!((&process["verdict"], &process["function"]), (&"fragmentation".into(), &Value::Null));
+    assert_eq!(process["heap_free_bytes"], 90 * MIB);
     let said = process["evidence"].as_str().unwrap();
     assert!(said.contains("grew by +80.0 MiB, of which the leaks explain +60.0 MiB (75 %)"), "{said}");
     assert!(
@@ -123,9 +126,11 @@ fn text_ranks_and_says_what_is_not_known() {
     );
     assert!(run(&["--max-rows", "1"], &path).contains("and 1 more rows"));
     assert!(!run(&["--exclude", "function=rem*"], &path).contains("remember"));
-    assert!(json(&["--include", "nothing"], &path)["sites"].as_array().unwrap().is_empty());
-    let process = &json(&[], &path)["process"];
-    assert!(process["verdict"].is_null() && process["resident_growth_bytes"].is_null());
+    assert!(json(&["--include", "nothing"], &path).as_array().unwrap().is_empty());
+    // Without gauges nothing is known of the process.
+    let sites = json(&[], &path).as_array().unwrap().clone();
+    assert!(sites.iter().all(|site| site["verdict"] != "fragmentation"));
+    assert!(sites[0]["share_of_resident_growth"].is_null());
 }
 
 #[test]
@@ -146,7 +151,7 @@ fn events_are_judged_as_snapshots_are() {
         script.free(AllocatorKind::Free, MAIN, 0x2000_0000);
     }
     script.finish();
-    let sites = json(&[], &path)["sites"].as_array().unwrap().clone();
+    let sites = json(&[], &path).as_array().unwrap().clone();
     let verdict = |function: &str| {
         let site = sites.iter().find(|site| site["function"] == function);
         site.map(|site| site["verdict"].as_str().unwrap().to_owned())
@@ -166,5 +171,6 @@ fn nothing_is_nothing_and_damage_is_said() {
     let bytes = std::fs::read(&cut).unwrap();
     std::fs::write(&cut, &bytes[..bytes.len() / 2]).unwrap();
     assert!(run(&[], &cut).contains("warning: the file is cut short"));
+    assert!(json(&[], &cut).as_array().unwrap().iter().all(|site| site["incomplete"] == true));
     heaptap().args(["leaks", "/nonexistent"]).assert().code(1);
 }

@@ -146,17 +146,12 @@ fn leaks_of_a_folder_judge_each_process_and_all_together() {
     assert_eq!(text.matches("Judged by").count(), 3, "{text}");
     assert!(text.contains("Leaks of all 3 captures:\n"), "{text}");
     let json: serde_json::Value = serde_json::from_str(&stdout(&["leaks", "--json"], folder.path())).unwrap();
-    let pids: Vec<_> =
-        json["processes"].as_array().unwrap().iter().map(|p| p["run"]["pid"].as_u64()).collect();
-    assert_eq!(pids, [Some(100), Some(101), Some(102)]);
-    // What leaks in several of them is one line.
-    let leaks_of = |process: &serde_json::Value| {
-        let sites = process["sites"].as_array().unwrap();
-        sites.iter().filter(|site| site["verdict"] == "leak").count() as u64
-    };
-    let all = json["processes"].as_array().unwrap().iter().map(leaks_of).sum::<u64>();
-    let together = json["leaks_of_all"].as_array().unwrap();
-    assert_eq!(together.iter().map(|line| line["processes"].as_u64().unwrap()).sum::<u64>(), all);
+    let pids: std::collections::BTreeSet<_> =
+        json.as_array().unwrap().iter().map(|site| site["pid"].as_u64().unwrap()).collect();
+    assert_eq!(pids.into_iter().collect::<Vec<_>>(), [100, 101, 102]);
+    // That of the third was cut.
+    let is_told = |site: &serde_json::Value| (site["incomplete"] == true) == (site["pid"] == 102);
+    assert!(json.as_array().unwrap().iter().all(is_told), "{json}");
 }
 
 #[test]

@@ -13,7 +13,7 @@ Examples:
   heaptap leaks app.heaptap
   heaptap leaks shop/                                  every worker, and what they have in common
   heaptap leaks --exclude 'module=<stdlib>' app.heaptap
-  heaptap leaks --json app.heaptap | jq '.sites[] | select(.verdict == \"leak\")'";
+  heaptap leaks --json app.heaptap | jq '.[] | select(.verdict == \"leak\")'";
 
 /// A verdict per allocation site: does it leak, warm up, work in batches, or is it stable?
 ///
@@ -33,7 +33,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "N")]
     max_rows: Option<usize>,
 
-    /// Write one JSON document (docs/reports.md tells its fields).
+    /// Write a JSON list of the sites (docs/reports.md tells their fields).
     #[arg(long)]
     json: bool,
 }

@@ -1,10 +1,10 @@
 //! `leaks`: a verdict per allocation site, with its evidence in one line.
 
 use super::diff::label;
-use super::facts::{Facts, write_run};
+use super::facts::{warnings, write_run};
 use super::figures::{Figures, is_false};
 use super::text::{counted, duration, size};
-use super::{ReportError, limited, write_json, write_rest};
+use super::{ReportError, limited, text, write_rest};
 use crate::analysis::{Leaks, Outline, ProcessGrowth, SiteVerdict, TooLittle, Verdict};
 use serde::Serialize;
 use std::io::Write;
@@ -21,24 +21,23 @@ pub struct LeaksReport<'a> {
     pub max_rows: usize,
 }
 
+/// One of the list that is the JSON form.
 #[derive(Serialize)]
-struct Document<'a> {
-    report: &'static str,
-    run: Facts<'a>,
-    #[serde(skip_serializing_if = "is_false")]
-    estimated: bool,
-    moments: usize,
-    old_seconds: u64,
-    process: Process,
-    sites: Vec<Site<'a>>,
+#[serde(untagged)]
+enum Element<'a> {
+    Site(Site<'a>),
+    Process(Process),
 }
 
+/// The verdict on the whole process: it has no place.
 #[derive(Serialize)]
 struct Process {
-    verdict: Option<&'static str>,
+    verdict: &'static str,
+    function: Option<&'static str>,
+    file: Option<&'static str>,
+    line: Option<u32>,
     evidence: String,
-    resident_growth_bytes: Option<i64>,
-    leaks_growth_bytes: i64,
+    pid: u32,
     heap_free_bytes: Option<u64>,
     heap_in_use_bytes: Option<u64>,
 }
@@ -50,6 +49,7 @@ struct Site<'a> {
     file: Option<&'a str>,
     line: Option<u32>,
     evidence: String,
+    pid: u32,
     bytes: u64,
     count: u64,
     most_bytes: u64,
@@ -57,8 +57,17 @@ struct Site<'a> {
     bytes_per_hour: f64,
     bytes_per_hour_low_95: f64,
     bytes_per_hour_high_95: f64,
+    /// Of what is resident.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    share_of_resident_growth: Option<f64>,
     old_share: Option<f64>,
+    old_seconds: u64,
     first_seen_ns: u64,
+    moments: usize,
+    #[serde(skip_serializing_if = "is_false")]
+    incomplete: bool,
+    #[serde(skip_serializing_if = "is_false")]
+    estimated: bool,
     #[serde(flatten)]
     errors: Option<Errors>,
 }
@@ -71,10 +80,14 @@ struct Errors {
 }
 
 impl LeaksReport<'_> {
-    /// Writes all of it, as text or as JSON.
+    /// Writes all of it, as text or as JSON: a list of sites.
     pub fn write(&self, json: bool, out: &mut dyn Write) -> Result<(), ReportError> {
-        let sites = limited(&self.leaks.sites, self.max_rows);
-        if json { self.json(sites, out) } else { self.text(sites, out) }
+        if !json {
+            return self.text(limited(&self.leaks.sites, self.max_rows), out);
+        }
+        write!(out, "[")?;
+        self.write_elements(&mut false, out)?;
+        Ok(writeln!(out, "\n]")?)
     }
 
     fn figures(&self) -> Figures {
@@ -107,36 +120,50 @@ impl LeaksReport<'_> {
         Ok(())
     }
 
-    fn json(&self, sites: &[SiteVerdict], out: &mut dyn Write) -> Result<(), ReportError> {
-        let figures = self.figures();
-        let ProcessGrowth { resident_growth, leaks_growth, heap_free, heap_in_use, fragmented } =
-            self.leaks.process;
-        let document = Document {
-            report: "leaks",
-            run: Facts::of(&self.outline.findings),
-            estimated: figures.estimated,
-            moments: self.leaks.moments,
-            old_seconds: self.leaks.old_s,
-            process: Process {
-                verdict: fragmented.filter(|yes| *yes).map(|_| Verdict::Fragmentation.name()),
+    /// The elements of the JSON list, without its brackets; `any`: there are some already.
+    pub(super) fn write_elements(&self, any: &mut bool, out: &mut dyn Write) -> Result<(), ReportError> {
+        for site in limited(&self.leaks.sites, self.max_rows) {
+            self.write_element(&Element::Site(self.site(site)), any, out)?;
+        }
+        let ProcessGrowth { heap_free, heap_in_use, fragmented, .. } = self.leaks.process;
+        if fragmented == Some(true) {
+            let process = Process {
+                verdict: Verdict::Fragmentation.name(),
+                function: None,
+                file: None,
+                line: None,
                 evidence: self.process_text(),
-                resident_growth_bytes: resident_growth,
-                leaks_growth_bytes: leaks_growth as i64,
+                pid: self.outline.findings.header.pid,
                 heap_free_bytes: heap_free,
                 heap_in_use_bytes: heap_in_use,
-            },
-            sites: sites.iter().map(|site| self.site(figures, site)).collect(),
-        };
-        write_json(&document, out)
+            };
+            self.write_element(&Element::Process(process), any, out)?;
+        }
+        Ok(())
     }
 
-    fn site<'s>(&self, figures: Figures, site: &'s SiteVerdict) -> Site<'s> {
+    fn write_element(
+        &self,
+        element: &Element<'_>,
+        any: &mut bool,
+        out: &mut dyn Write,
+    ) -> Result<(), ReportError> {
+        write!(out, "{}", if std::mem::replace(any, true) { ",\n" } else { "\n" })?;
+        let json = serde_json::to_string_pretty(element)?;
+        Ok(write!(out, "{}", text::terminal_safe_json(&json))?)
+    }
+
+    fn site<'s>(&'s self, site: &'s SiteVerdict) -> Site<'s> {
+        let figures = self.figures();
+        let resident = self.leaks.process.resident_growth.filter(|grown| *grown > 0);
+        let share = resident.map(|grown| thousandths(site.growth.0 / grown as f64));
         Site {
             verdict: site.verdict.name(),
             function: site.name.function.as_deref(),
             file: site.name.file.as_deref(),
             line: site.name.line,
             evidence: self.evidence(site),
+            pid: self.outline.findings.header.pid,
             bytes: site.live.bytes(),
             count: site.live.count(),
             most_bytes: site.most_bytes,
@@ -144,8 +171,13 @@ impl LeaksReport<'_> {
             bytes_per_hour: (site.rate.value * HOUR).round(),
             bytes_per_hour_low_95: (site.rate.low * HOUR).round(),
             bytes_per_hour_high_95: (site.rate.high * HOUR).round(),
-            old_share: site.old_share.map(|share| (share * 1000.0).round() / 1000.0),
+            share_of_resident_growth: share.filter(|_| site.verdict == Verdict::Leak),
+            old_share: site.old_share.map(thousandths),
+            old_seconds: self.leaks.old_s,
             first_seen_ns: site.first_seen_ns,
+            moments: self.leaks.moments,
+            incomplete: !warnings(&self.outline.findings).is_empty(),
+            estimated: figures.estimated,
             errors: figures.estimated.then(|| Errors {
                 bytes_error_95: site.live.bytes_error().ceil() as u64,
                 growth_bytes_error_95: site.growth.1.ceil() as u64,
@@ -229,6 +261,10 @@ impl LeaksReport<'_> {
         }
         text
     }
+}
+
+fn thousandths(share: f64) -> f64 {
+    (share * 1000.0).round() / 1000.0
 }
 
 /// `+1.2 MiB`, `-3 B`.
