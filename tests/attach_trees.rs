@@ -4,6 +4,7 @@
 mod common;
 
 use common::heaptap::heaptap_says;
+use common::sites::moments;
 use common::snapshot::assert_left_no_trace;
 use common::{Family, FamilyRecording, Python, Snapshot, Target, for_each_python, pythons, skipped};
 use nix::sys::signal::{Signal, kill};
@@ -342,6 +343,36 @@ fn a_duration_ends_all_and_reports_take_the_folder() {
         apart.sort_unstable();
         assert_eq!(kept(&["--leaks", "--json", "--split-processes"]), apart);
         assert_left_no_trace(&before, &mut family.root);
+    });
+}
+
+/// Options hold for every process of a tree; a signal to the one that was started reaches those that record.
+#[test]
+fn a_signal_takes_a_snapshot_of_every_process() {
+    for_each_python(a_few, |python| {
+        let mut family = Family::start(python);
+        let root = family.root.pid();
+        let child = family.child("fork");
+        let before = Snapshot::take(child);
+        let mut recording = FamilyRecording::of(&family.root, &["--children", "--snapshot-every", "1h"]);
+        recording.wait_for(&[root, child]);
+        family.work(child, 3);
+        kill(Pid::from_raw(recording.pid()), Signal::SIGUSR1).unwrap();
+        let started = Instant::now();
+        let has = |pid: i32| {
+            let found = moments(&recording.folder().join(format!("{pid}.heaptap")));
+            found.iter().any(|moment| moment.reason == "signal")
+        };
+        while !(has(root) && has(child)) {
+            assert!(started.elapsed() < Duration::from_secs(60), "no snapshot was taken");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let captures = recording.stop();
+        captures.assert_code(0);
+        let summary = captures.report("summary", &["--leaks"]);
+        assert!(summary.contains("each process's last snapshot"), "{summary}");
+        assert_member_left_no_trace(&before, child);
+        family.root.ping();
     });
 }
 

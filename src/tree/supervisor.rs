@@ -184,6 +184,9 @@ impl<'a> Tree<'a> {
                 self.ask_all_to_end(Signal::try_from(signal).unwrap_or(Signal::SIGTERM));
                 return format!("interrupted by {name}");
             }
+            if sys::snapshot_asked() {
+                self.ask_for_snapshots();
+            }
             if self.options.duration.is_some_and(|duration| self.start.elapsed() >= duration) {
                 return "the duration was over".into();
             }
@@ -449,6 +452,15 @@ impl<'a> Tree<'a> {
         self.book.entry(entry).is_some_and(|entry| entry.start_unix_ns.is_some())
     }
 
+    /// Of all that record. One that does not yet would be killed by the signal.
+    fn ask_for_snapshots(&self) {
+        for process in self.processes.values().filter(|process| self.is_recording(process.entry)) {
+            if let State::Working(worker) = &process.state {
+                worker.signal(Signal::SIGUSR1);
+            }
+        }
+    }
+
     /// Once: a second signal would seem to be the reason.
     fn ask_all_to_end(&mut self, signal: Signal) {
         self.ending = true;
@@ -457,7 +469,7 @@ impl<'a> Tree<'a> {
         }
         for process in self.processes.values() {
             if let State::Working(worker) = &process.state {
-                worker.ask_to_end(signal);
+                worker.signal(signal);
             }
         }
     }
@@ -468,7 +480,7 @@ impl<'a> Tree<'a> {
             if let State::Working(worker) = &process.state
                 && !self.is_recording(process.entry)
             {
-                worker.ask_to_end(Signal::SIGTERM);
+                worker.signal(Signal::SIGTERM);
             }
         }
     }

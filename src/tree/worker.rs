@@ -49,7 +49,7 @@ impl Worker {
         match listening {
             Ok(_) => Ok(worker),
             Err(error) => {
-                worker.ask_to_end(Signal::SIGTERM);
+                worker.signal(Signal::SIGTERM);
                 Err(error)
             }
         }
@@ -60,8 +60,8 @@ impl Worker {
         self.child.id() as i32
     }
 
-    /// Asks it to let go of its process and end. It may be over already.
-    pub fn ask_to_end(&self, signal: Signal) {
+    /// Signals it: to let go of its process and end, or (SIGUSR1) to take a snapshot. It may be over already.
+    pub fn signal(&self, signal: Signal) {
         // Not waited for yet: the pid is its.
         let _ = kill(Pid::from_raw(self.pid()), signal);
     }

@@ -145,6 +145,11 @@ impl FamilyRecording {
         self.child.id() as i32
     }
 
+    /// The folder of captures.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// What it said until now.
     pub fn said(&self) -> &[String] {
         &self.said
