@@ -46,8 +46,7 @@ fn print(out: &mut impl Write, look: &Look) -> io::Result<()> {
         look.pid, look.python, look.flavour, look.layout
     )?;
     for thread in &look.threads {
-        let tid = thread.tid.map_or_else(|| "?".to_owned(), |tid| tid.to_string());
-        write!(out, "\nthread {tid}")?;
+        write!(out, "\nthread {}", thread.tid)?;
         if let Some(name) = &thread.os_name {
             write!(out, " ({})", printable(name))?;
         }
@@ -79,7 +78,7 @@ mod tests {
     #[test]
     fn a_thread_without_python_says_so() {
         let thread = |python| ThreadLook {
-            tid: Some(7),
+            tid: 7,
             os_name: Some("io".into()),
             name: None,
             python,

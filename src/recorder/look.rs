@@ -40,7 +40,7 @@ pub struct Look {
 #[derive(Debug, Serialize)]
 pub struct ThreadLook {
     /// Its id, in our pid namespace.
-    pub tid: Option<i32>,
+    pub tid: i32,
     /// The name the kernel has.
     pub os_name: Option<String>,
     /// The name `threading` has.
@@ -107,10 +107,11 @@ pub fn look(python: &Python, pid: i32, memory: &dyn RemoteMemory) -> Result<Look
     let mut codes = python.code_table();
     let mut threads = Vec::new();
     for thread in python.threads(memory)? {
-        let tid = thread.tid.and_then(|inner| outer.get(&inner).copied());
+        // One that is not born yet, or ended without CPython's knowledge and left its state behind, is no thread.
+        let Some(tid) = thread.tid.and_then(|inner| outer.get(&inner).copied()) else { continue };
         let mut seen = ThreadLook {
             tid,
-            os_name: tid.and_then(|tid| maps::task_name(pid, tid)),
+            os_name: maps::task_name(pid, tid),
             name: thread.name,
             python: true,
             moving: true,
@@ -135,9 +136,9 @@ pub fn look(python: &Python, pid: i32, memory: &dyn RemoteMemory) -> Result<Look
         threads.push(seen);
     }
     for (tid, _) in tasks {
-        if !threads.iter().any(|t| t.tid == Some(tid)) {
+        if !threads.iter().any(|t| t.tid == tid) {
             threads.push(ThreadLook {
-                tid: Some(tid),
+                tid,
                 os_name: maps::task_name(pid, tid),
                 name: None,
                 python: false,

@@ -56,6 +56,7 @@ pub struct Snapshot {
     descriptors: BTreeMap<String, String>,
     threads: BTreeMap<i32, ThreadState>,
     stopped: bool,
+    compiles: bool,
 }
 
 /// Signal numbers a fixture may use itself are part of its state: compared, not excluded.
@@ -76,6 +77,7 @@ impl Snapshot {
             descriptors: descriptors(pid),
             threads,
             stopped: state.starts_with('T'),
+            compiles: has_jit(pid),
         }
     }
 
@@ -153,7 +155,9 @@ impl Snapshot {
             let text = format!("{start:x}-{end:x} {permissions} {path}");
             // Python may load an extension module of its own during the work.
             let own_module = mapping.is_file() && path.contains("lib-dynload/");
-            if !known && mapping.is_executable() && !own_module {
+            // A trace that it compiles takes some pages; of what a visitor has, only the region with its magic is that small.
+            let own_trace = self.compiles && mapping.inode == 0 && end - start < 32 << 10;
+            if !known && mapping.is_executable() && !own_module && !own_trace {
                 found.push(format!("new executable mapping {text}"));
             } else if !known && (path.contains("memfd:") || mapping.file_name().contains("heaptap")) {
                 found.push(format!("new mapping {text}"));
@@ -167,7 +171,8 @@ impl Snapshot {
         }
         for mapping in self.mappings.iter().filter(|mapping| mapping.is_file() || mapping.is_executable()) {
             // The heap and anonymous memory are the program's to give back; files and code are not a visitor's.
-            if mapping.is_executable() && !now.mappings.contains(mapping) {
+            let own_trace = self.compiles && mapping.inode == 0;
+            if mapping.is_executable() && !own_trace && !now.mappings.contains(mapping) {
                 found.push(format!(
                     "gone: {:x}-{:x} {} {}",
                     mapping.start, mapping.end, mapping.permissions, mapping.path
@@ -221,6 +226,12 @@ pub fn assert_left_no_trace(before: &Snapshot, target: &mut Target) {
     if !before.stopped {
         target.ping();
     }
+}
+
+/// Whether CPython was told to compile what runs often.
+fn has_jit(pid: i32) -> bool {
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    environment.split(|byte| *byte == 0).any(|variable| variable == b"PYTHON_JIT=1")
 }
 
 fn read_text(path: &str) -> String {

@@ -47,6 +47,23 @@ fn two_hundred_blocked_threads_and_some_that_leave() {
     });
 }
 
+/// What the states of such threads lead to is no sign of a wrong layout.
+#[test]
+fn states_of_threads_that_left_without_cpythons_knowledge() {
+    for_each_kind(Python::records_promised, |python, kind| {
+        let mut target = Target::start(python, "left_behind.py");
+        let before = Snapshot::take(target.pid());
+        let threads = stacks(&target);
+        assert_eq!((threads.len(), in_function(&threads, "<module>")), (1, 1), "{threads:?}");
+        let recording = Recording::attach(&target, &kind.with(&[]));
+        let truth = target.go();
+        let capture = recording.stop();
+        assert!(python.libc != "glibc" || truth["burnt"] == 5, "nothing is shown: {truth}");
+        Truth::from_json(truth).assert_matches(&capture.assert_code(0).dump());
+        assert_left_no_trace(&before, &mut target);
+    });
+}
+
 /// The target's leader is gone: its memory is seen through another thread.
 fn assert_no_trace_by(survivor: i32, before: &Snapshot, target: &mut Target) {
     target.assert_alive();

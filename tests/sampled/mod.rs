@@ -179,17 +179,22 @@ impl Word {
     }
 }
 
-/// Finds it, by the mark of the agent's state.
+/// Finds it, by the mark of the agent's state: at the start of a page, not always of a line of the list, which shows neighbours
+/// with the same rights as one.
 pub fn interval_word(pid: i32) -> Word {
     let memory = File::options().read(true).write(true).open(format!("/proc/{pid}/mem")).unwrap();
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
-    let starts = maps
+    let range = |line: &str| {
+        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+        Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)
+    };
+    let pages = maps
         .lines()
         .filter(|line| line.contains(" rw-p "))
-        .map(|line| u64::from_str_radix(line.split('-').next().unwrap(), 16).unwrap());
+        .flat_map(|line| range(line).expect("a range").step_by(4096));
     let mut mark = [0; 8];
-    let state = starts.filter(|start| {
-        let read = memory.read_exact_at(&mut mark, start + offset_of!(State, magic) as u64);
+    let state = pages.filter(|page| {
+        let read = memory.read_exact_at(&mut mark, page + offset_of!(State, magic) as u64);
         read.is_ok() && u64::from_le_bytes(mark) == STATE_MAGIC
     });
     let at = state.last().expect("an agent's state") + offset_of!(State, interval) as u64;
