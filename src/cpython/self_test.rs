@@ -100,8 +100,7 @@ fn is_left_behind(
 ) -> bool {
     let has_same_tid = |other: &PyThread| other.tid == thread.tid && other.tstate != thread.tstate;
     !thread.tid.is_some_and(|tid| tids.contains(&tid))
-        || (all.iter().any(has_same_tid)
-            && python.own_state.read(memory, thread.ident) != Ok(thread.tstate))
+        || (all.iter().any(has_same_tid) && python.own_state.read(memory, thread.ident) != Ok(thread.tstate))
 }
 
 /// Walks a thread to the end of its chain; every frame must run code.
