@@ -6,6 +6,7 @@ use heaptap::capture::{
     AllocatorKind, EndReason, Header, Index, IndexEntry, NotRecorded, NotRecordedKind, StackId,
 };
 use script::{Script, header, heaptap, shop_events, trailer};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Three workers of one server: two do the same, one of which has its ids the other way round; one was cut short. And two
@@ -158,8 +159,69 @@ fn leaks_of_a_folder_judge_each_process_and_all_together() {
 fn reports_of_one_process_say_so_of_a_folder() {
     let folder = tempfile::tempdir().unwrap();
     tree(folder.path());
-    for verb in ["diff", "gauges"] {
-        let said = failure(&[verb, folder.path().to_str().unwrap()]);
-        assert!(said.contains("is a folder") && said.contains(&format!("hint: heaptap {verb}")), "{said}");
+    let said = failure(&["gauges", folder.path().to_str().unwrap()]);
+    assert!(said.contains("is a folder") && said.contains("hint: heaptap gauges"), "{said}");
+}
+
+/// What grew in all processes together is the sum of what grew in each.
+#[test]
+fn a_diff_of_a_folder_is_the_sum_of_its_processes() {
+    let folder = tempfile::tempdir().unwrap();
+    tree(folder.path());
+    let rows = |arguments: &[&str], path: &Path| -> BTreeMap<(String, u64), i64> {
+        let json: serde_json::Value =
+            serde_json::from_str(&stdout(&[&["diff", "--json"], arguments].concat(), path)).unwrap();
+        let rows = json["rows"].as_array().unwrap().iter();
+        rows.map(|row| {
+            let function = row["function"].as_str().unwrap_or_default().to_owned();
+            ((function, row["line"].as_u64().unwrap_or(0)), row["growth_bytes"].as_i64().unwrap())
+        })
+        .collect()
+    };
+    let mut sum = BTreeMap::new();
+    for pid in [100, 101, 102] {
+        for (place, growth) in rows(&[], &folder.path().join(format!("{pid}.heaptap"))) {
+            *sum.entry(place).or_insert(0) += growth;
+        }
     }
+    assert!(sum.values().any(|growth| *growth > 0), "{sum:?}");
+    assert_eq!(rows(&[], folder.path()), sum);
+    // Before the first began there was nothing; two folders are compared by the names of code.
+    assert!(rows(&["--to", "start"], folder.path()).is_empty());
+    let same = folder.path().to_str().unwrap();
+    assert!(rows(&[same], folder.path()).values().all(|growth| *growth == 0));
+    let text = stdout(&["diff"], folder.path());
+    assert!(text.contains("3 captures together"), "{text}");
+}
+
+/// The second of three ended long before the others: in the end it has nothing.
+#[test]
+fn a_process_that_has_ended_has_nothing_any_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let second = 1_000_000_000;
+    for (pid, duration_ns, reason) in [
+        (1, 60 * second, EndReason::Duration),
+        (2, 10 * second, EndReason::TargetExited { code: 0 }),
+        (3, 10 * second, EndReason::Interrupted { signal: "SIGINT".into() }),
+    ] {
+        let of = Header { pid, ..header() };
+        let mut script = Script::create(&folder.path().join(format!("{pid}.heaptap")), &of);
+        let stack = script.stack(&[("work", "/srv/work.py", pid)]);
+        script.allocate(AllocatorKind::Malloc, 1, 0x1000, 1000, stack);
+        let end = heaptap::capture::Trailer { reason, duration_ns, ..trailer(&script.live) };
+        script.writer.finish(end).unwrap();
+    }
+    let mut index = Index::new("three".into(), 1);
+    index.processes = (1..4)
+        .map(|pid| IndexEntry { pid, capture: Some(format!("{pid}.heaptap")), ..IndexEntry::default() })
+        .collect();
+    index.write(folder.path()).unwrap();
+    let total = |arguments: &[&str]| {
+        let said = stdout(&[&["diff", "--json"], arguments].concat(), folder.path());
+        let json: serde_json::Value = serde_json::from_str(&said).unwrap();
+        (json["total"]["bytes"].as_u64().unwrap(), json["total"]["growth_bytes"].as_i64().unwrap())
+    };
+    assert_eq!(total(&["--to", "+9s"]), (3000, 3000));
+    assert_eq!(total(&[]), (2000, 2000));
+    assert_eq!(total(&["--from", "+9s"]), (2000, -1000));
 }

@@ -112,12 +112,7 @@ pub fn diff(
     new: (&Outline, Moment),
     options: &DiffOptions,
 ) -> Result<Diff, CaptureError> {
-    let mut sums = Sums {
-        groups: Groups::new(options.grouping, options.cumulative, options.filter.clone()),
-        one_recording: old.is_none(),
-        changes: Vec::new(),
-        total: Change::default(),
-    };
+    let mut sums = Sums::new(options, old.is_none());
     match old {
         Some((old, from)) => {
             sums.add(old, Some(from), None)?;
@@ -133,16 +128,37 @@ fn is_at(moment: Option<Moment>, time_ns: u64) -> bool {
     moment.is_some_and(|moment| moment != Moment::START && moment.time_ns == time_ns)
 }
 
-struct Sums {
+/// What a snapshot is for the growth.
+#[derive(Clone, Copy)]
+struct Role {
+    /// It is the first moment.
+    is_old: bool,
+    /// It is the second.
+    is_new: bool,
+    /// It is in between, or the second.
+    is_flow: bool,
+    /// What it has is gone at the second moment.
+    went: bool,
+}
+
+/// Changes of groups while recordings are read.
+pub(super) struct Sums {
     groups: Groups,
+    /// Both moments are of the same.
     one_recording: bool,
     changes: Vec<Change>,
     total: Change,
 }
 
 impl Sums {
-    /// Adds the state at either moment, and if there are both, the flows in between.
-    fn add(
+    pub(super) fn new(options: &DiffOptions, one_recording: bool) -> Self {
+        let groups = Groups::new(options.grouping, options.cumulative, options.filter.clone());
+        Self { groups, one_recording, changes: Vec::new(), total: Change::default() }
+    }
+
+    /// Adds the state at either moment, and if there are both, the flows in between. Where there is no second moment of the same
+    /// recording, everything went.
+    pub(super) fn add(
         &mut self,
         outline: &Outline,
         from: Option<Moment>,
@@ -150,6 +166,7 @@ impl Sums {
     ) -> Result<(), CaptureError> {
         let mut seen = Remembered::default();
         let both = from.is_some() && to.is_some();
+        let went = self.one_recording && to.is_none();
         if outline.snapshots.is_empty() {
             let mut times: Vec<u64> = [from, to].iter().flatten().map(|moment| moment.time_ns).collect();
             times.sort_unstable();
@@ -158,17 +175,17 @@ impl Sums {
                 let time = times[place];
                 let (is_old, is_new) = (is_at(from, time), is_at(to, time));
                 let flow = both && from.is_some_and(|from| time > from.time_ns || from == Moment::START);
-                self.see(snapshot, stacks, &mut seen, [is_old, is_new, flow && is_new]);
+                self.see(snapshot, stacks, &mut seen, Role { is_old, is_new, is_flow: flow && is_new, went });
             });
         }
         let place_of = |moment: Option<Moment>| moment.and_then(|moment| moment.place);
         let (a, b) = (place_of(from), place_of(to));
         let roles = |place: usize| {
             let flow = both && a.is_none_or(|a| place > a) && b.is_some_and(|b| place <= b);
-            [a == Some(place), b == Some(place), flow]
+            Role { is_old: a == Some(place), is_new: b == Some(place), is_flow: flow, went }
         };
         let wanted = |place: usize| {
-            let [is_old, is_new, flows] = roles(place);
+            let Role { is_old, is_new, is_flow: flows, .. } = roles(place);
             Wanted { live: is_old || is_new, flows, ages: false }
         };
         each_snapshot(&outline.path, &outline.snapshots, wanted, |place, part, _, stacks| {
@@ -181,7 +198,7 @@ impl Sums {
         snapshot: &Snapshot,
         stacks: &StackTable,
         seen: &mut Remembered,
-        [is_old, is_new, is_flow]: [bool; 3],
+        Role { is_old, is_new, is_flow, went }: Role,
     ) {
         if !(is_old || is_new || is_flow) {
             return;
@@ -195,6 +212,9 @@ impl Sums {
                 }
                 if is_old {
                     change.old.add(row.live);
+                    if went {
+                        change.flow(row.live);
+                    }
                 }
                 if is_new {
                     change.new.add(row.live);
@@ -217,7 +237,7 @@ impl Sums {
         }
     }
 
-    fn finish(self) -> Diff {
+    pub(super) fn finish(self) -> Diff {
         let Self { groups, changes, total, .. } = self;
         let had = |(_, change): &(usize, Change)| !(change.old.is_empty() && change.new.is_empty());
         let mut rows: Vec<DiffRow> = changes

@@ -6,6 +6,7 @@
 
 mod call_tree;
 mod diff;
+mod family;
 mod functions;
 mod gauges;
 mod grouping;
@@ -25,6 +26,7 @@ mod trend;
 pub use crate::capture::Totals;
 pub use call_tree::{CallTree, NodeTotals};
 pub use diff::{Change, Diff, DiffOptions, DiffRow, diff};
+pub use family::Family;
 pub use functions::{FunctionRow, functions};
 pub use gauges::{GaugeSeries, Growth, gauge_series};
 pub use grouping::{Filter, GroupName, Grouping, Pattern, Subject};

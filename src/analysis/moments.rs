@@ -121,6 +121,11 @@ impl Outline {
         Ok(Self { path: path.to_owned(), findings, snapshots, gauges, end_ns })
     }
 
+    /// When recording ended: nanoseconds since 1970 UTC.
+    pub fn end_unix_ns(&self) -> u64 {
+        self.findings.header.start_unix_ns.saturating_add(self.end_ns)
+    }
+
     /// The moment that is meant: of a snapshot, the nearest, where there are any.
     pub fn find(&self, when: When) -> Result<Moment, NoSuchMoment> {
         let start = self.findings.header.start_unix_ns;
@@ -179,8 +184,8 @@ impl Outline {
     fn within(&self, since_start: i128) -> Result<u64, NoSuchMoment> {
         if self.distance(since_start) > NEAR {
             let start_unix_ns = self.findings.header.start_unix_ns;
-            let end_unix_ns = start_unix_ns.saturating_add(self.end_ns);
-            return Err(NoSuchMoment::Outside { capture: self.path.clone(), start_unix_ns, end_unix_ns });
+            let (capture, end_unix_ns) = (self.path.clone(), self.end_unix_ns());
+            return Err(NoSuchMoment::Outside { capture, start_unix_ns, end_unix_ns });
         }
         Ok(u64::try_from(since_start.max(0)).unwrap_or(u64::MAX).min(self.end_ns))
     }

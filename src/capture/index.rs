@@ -164,6 +164,12 @@ impl Index {
         }
     }
 
+    /// How many processes were found and not recorded.
+    pub fn not_recorded(&self) -> u64 {
+        let listed = self.processes.iter().filter(|entry| entry.not_recorded.is_some()).count();
+        self.not_listed.saturating_add(listed as u64)
+    }
+
     /// The captures in `folder`, with what the index says of them. Names that lead out of the folder are none.
     pub fn captures<'a>(&'a self, folder: &'a Path) -> impl Iterator<Item = (PathBuf, &'a IndexEntry)> {
         self.processes.iter().filter_map(move |entry| {

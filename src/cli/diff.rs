@@ -3,10 +3,11 @@
 use super::pattern::FilterArgs;
 use super::view::to_stdout;
 use super::when::parse_when;
-use crate::analysis::{DiffOptions, Grouping, Outline, When, diff};
+use crate::analysis::{Diff, DiffOptions, Family, Grouping, Moment, Outline, When, diff};
+use crate::capture::{CaptureError, Index};
 use crate::error::Error;
 use crate::report::{DiffFormat, DiffReport};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -14,6 +15,7 @@ Examples:
   heaptap diff --from 10:00 --to 11:30 app.heaptap     times of day in UTC
   heaptap diff --from first --to last --by function --cumulative app.heaptap
   heaptap diff --from +30m --exclude 'module=<stdlib>' app.heaptap
+  heaptap diff --from 10:00 --to 11:30 shop/           all workers together
   heaptap diff before.heaptap after.heaptap --csv > growth.csv
   heaptap diff --json app.heaptap | jq '.rows[0]'";
 
@@ -23,7 +25,7 @@ Examples:
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Args {
-    /// The capture, as written by `heaptap attach`.
+    /// The capture, or the folder of captures, as written by `heaptap attach`.
     #[arg(value_name = "CAPTURE")]
     capture: PathBuf,
 
@@ -102,10 +104,8 @@ impl Args {
         if self.cumulative && !grouping.is_by_frame() {
             return Err(Error::Usage("--cumulative goes with --by lineno, filename, function or module"));
         }
-        if let Some(path) =
-            [Some(&self.capture), self.other.as_ref()].into_iter().flatten().find(|p| p.is_dir())
-        {
-            return Err(Error::FolderOfProcesses { path: path.clone(), verb: "diff" });
+        if self.capture.is_dir() || self.other.as_ref().is_some_and(|other| other.is_dir()) {
+            return self.of_families(grouping);
         }
         let first = Outline::read(&self.capture)?;
         let second = self.other.as_deref().map(Outline::read).transpose()?;
@@ -114,20 +114,68 @@ impl Args {
         let usual = if old.is_some() { When::Last } else { When::Start };
         let from = first.find(self.from.unwrap_or(usual))?;
         let to = new.find(self.to)?;
-        if old.is_none() && from.time_ns > to.time_ns {
-            let seconds = |ns: u64| ns as f64 / 1e9;
-            return Err(Error::MomentsReversed { from_s: seconds(from.time_ns), to_s: seconds(to.time_ns) });
-        }
-        let options = DiffOptions { grouping, cumulative: self.cumulative, filter: self.filter.filter() };
-        let diff = diff(old.map(|old| (old, from)), from, (new, to), &options)?;
+        in_order(old.is_some(), from, to)?;
+        let diff = diff(old.map(|old| (old, from)), from, (new, to), &self.options(grouping))?;
+        self.print(&diff, grouping, (old, from), (new, to))
+    }
+
+    /// Folders of captures, each of whose processes counts as it was at the moment; a capture beside a folder is a family of one.
+    fn of_families(&self, grouping: Grouping) -> Result<(), Error> {
+        let first = family(&self.capture)?;
+        let second = self.other.as_deref().map(family).transpose()?;
+        let new = second.as_ref().unwrap_or(&first);
+        let old = second.as_ref().map(|_| &first);
+        let usual = if old.is_some() { When::Last } else { When::Start };
+        let from = first.find(self.from.unwrap_or(usual))?;
+        let to = new.find(self.to)?;
+        in_order(old.is_some(), from, to)?;
+        let diff = new.diff(old, from, to, &self.options(grouping))?;
+        self.print(&diff, grouping, (old.map(Family::whole), from), (new.whole(), to))
+    }
+
+    fn options(&self, grouping: Grouping) -> DiffOptions {
+        DiffOptions { grouping, cumulative: self.cumulative, filter: self.filter.filter() }
+    }
+
+    fn print(
+        &self,
+        diff: &Diff,
+        grouping: Grouping,
+        (old, from): (Option<&Outline>, Moment),
+        (new, to): (&Outline, Moment),
+    ) -> Result<(), Error> {
         let format = match (self.json, self.csv) {
             (true, _) => DiffFormat::Json,
             (_, true) => DiffFormat::Csv,
             _ => DiffFormat::Text,
         };
         let max_rows = self.max_rows.unwrap_or(if format == DiffFormat::Text { 40 } else { 0 });
-        let report =
-            DiffReport { diff: &diff, grouping, cumulative: self.cumulative, old, from, new, to, max_rows };
+        let cumulative = self.cumulative;
+        let report = DiffReport { diff, grouping, cumulative, old, from, new, to, max_rows };
         to_stdout(|out, width| Ok(report.write(format, width, out)?))
     }
+}
+
+/// Of one recording, the second moment is not before the first.
+fn in_order(are_two: bool, from: Moment, to: Moment) -> Result<(), Error> {
+    if are_two || from.time_ns <= to.time_ns {
+        return Ok(());
+    }
+    let seconds = |ns: u64| ns as f64 / 1e9;
+    Err(Error::MomentsReversed { from_s: seconds(from.time_ns), to_s: seconds(to.time_ns) })
+}
+
+/// The captures of a folder, or one.
+fn family(path: &Path) -> Result<Family, Error> {
+    let left_out = |error: CaptureError| tracing::warn!("{error}; it is left out");
+    let family = if path.is_dir() {
+        let index = Index::read(path)?;
+        let captures: Vec<PathBuf> = index.captures(path).map(|(capture, _)| capture).collect();
+        Family::read(path, captures.into_iter(), index.not_recorded(), left_out)?
+    } else {
+        // That it can't be read is no reason to leave it out.
+        Outline::read(path)?;
+        Family::read(path, std::iter::once(path.to_owned()), 0, left_out)?
+    };
+    family.ok_or_else(|| Error::EmptyFolder { path: path.to_owned() })
 }

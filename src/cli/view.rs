@@ -50,8 +50,7 @@ impl ViewArgs {
     /// All captures of a folder. One that can't be read is as good as not recorded; it is told, and left out.
     fn merged(&self, index: &Index) -> Result<Findings, Error> {
         let mut merge = Merge::new(self.view(), self.split_processes);
-        let mut not_recorded = index.not_listed;
-        not_recorded += index.processes.iter().filter(|entry| entry.not_recorded.is_some()).count() as u64;
+        let mut not_recorded = index.not_recorded();
         for (path, _) in index.captures(&self.capture) {
             let findings = CaptureReader::open(&path).and_then(|reader| analyse(reader, self.view()));
             match findings {
