@@ -50,7 +50,7 @@ fn eight_threads_hand_blocks_over() {
 /// More threads in turn than the agent tells apart at a time (2048). Where each has a thread pointer of its own (musl maps every
 /// stack anew) the slots of those that ended are given back.
 #[test]
-fn three_thousand_threads_in_turn() {
+fn more_threads_in_turn_than_slots() {
     // One for each C library's way with stacks; the interpreter makes no difference.
     let chosen =
         |python: &Python| all(python) && (python.name.starts_with("musl-") || python.name == "debian-3.13");

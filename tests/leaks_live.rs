@@ -28,7 +28,7 @@ const INNOCENTS: [&str; 4] = ["bounded_cache", "batches", "import_warm_up", "fra
 const REQUESTS: u64 = 3000;
 const PORTIONS: u64 = 60;
 /// Between two portions: it paces the requests, nothing waits for it to have happened.
-const PACE: Duration = Duration::from_millis(80);
+const PACE: Duration = Duration::from_millis(50);
 
 /// The truth in a service's header.
 struct Truth {

@@ -12,7 +12,7 @@ fn soak(arguments: &[&str]) -> Option<Value> {
     let folder = tempfile::tempdir().unwrap();
     let json = folder.path().join("soak.json");
     let output = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/soak"))
-        .args(["--minutes", "0.3", "--alone", "0.05", "--snapshot-every", "1s", "--max-file", "8MiB"])
+        .args(["--minutes", "0.2", "--alone", "0.03", "--snapshot-every", "1s", "--max-file", "8MiB"])
         .args(["--heaptap", env!("CARGO_BIN_EXE_heaptap"), "--json"])
         .arg(&json)
         .args(arguments)
@@ -32,7 +32,7 @@ fn soak(arguments: &[&str]) -> Option<Value> {
 fn gunicorn_with_four_workers_is_recorded_under_load() {
     let Some(run) = soak(&["--rate", "400"]) else { return };
     let recorded = &run["phases"]["recorded"];
-    assert!(recorded["requests"].as_u64().unwrap() > 1000 && recorded["failed"] == 0, "{run:#}");
+    assert!(recorded["requests"].as_u64().unwrap() > 500 && recorded["failed"] == 0, "{run:#}");
     let heaptap = &run["heaptap"];
     // The master and its workers.
     assert_eq!(heaptap["files"].as_object().unwrap().len(), 5, "{run:#}");
@@ -44,7 +44,7 @@ fn gunicorn_with_four_workers_is_recorded_under_load() {
 #[test]
 fn a_server_that_allocates_much_is_recorded() {
     let Some(run) = soak(&["--allocating", "200"]) else { return };
-    assert!(run["phases"]["recorded"]["batches"].as_u64().unwrap() > 500, "{run:#}");
+    assert!(run["phases"]["recorded"]["batches"].as_u64().unwrap() > 300, "{run:#}");
     let files = run["heaptap"]["files"].as_object().unwrap();
     assert!(files.len() == 1 && files["server.heaptap"].as_u64().unwrap() < 8 << 20, "{run:#}");
 }
