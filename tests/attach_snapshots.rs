@@ -103,9 +103,11 @@ fn snapshots_of_every_event_are_the_truth_whenever_they_are_taken() {
 #[test]
 fn reports_of_snapshots_say_which_they_are_of() {
     let mut target = Target::start(&pythons()[0], "libc_blocks.py");
+    let before = Snapshot::take(target.pid());
     let recording = Recording::attach(&target, &["--snapshot-every", "1h"]);
     let truth = target.go();
     let capture = recording.stop();
+    assert_left_no_trace(&before, &mut target);
     capture.assert_code(0);
     assert!(capture.stderr.contains("2 snapshots, 2 of them kept"), "{}", capture.stderr);
     for verb in ["summary", "table", "tree"] {

@@ -79,11 +79,11 @@ fn an_application_that_traced_its_memory_before_and_stops() {
     for_each_kind(jumps, |python, kind| {
         let mut target = Target::start(python, "traced_memory.py");
         tell(&mut target, "trace", "traced");
+        let before = look(&target);
         let recording = Recording::attach(&target, &kind.with(PYTHON_ALLOCATORS));
         let truth = Truth::from_json(target.go());
         tell(&mut target, "untrace", "untraced");
         target.go();
-        let before = look(&target);
         let capture = recording.stop();
         assert!(capture.assert_code(0).stderr.contains("allocator tables"), "{}", capture.stderr);
         let stats = capture.report("stats", &[]);
@@ -91,10 +91,7 @@ fn an_application_that_traced_its_memory_before_and_stops() {
         // What it did before is all there.
         let found = truth.differences(&capture.dump());
         assert!(found.is_empty(), "{found:?}");
-        target.ping();
-        let now = look(&target);
-        assert!(now.changed_text().is_empty() && now.is_untraced(), "{now:#?}");
-        drop(before);
+        assert_left_no_trace(&before, &mut target);
     });
 }
 
