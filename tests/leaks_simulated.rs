@@ -6,12 +6,14 @@
 //! real weights. The figures are printed (`cargo test --test leaks_simulated -- --nocapture`) and are those of docs/leaks.md.
 //! `HEAPTAP_SOAK=1` draws ten times as many.
 
+mod random;
 mod script;
 
 use heaptap::analysis::{Filter, Outline, Verdict, leaks};
 use heaptap::capture::{
     AGES, Age, AllocatorKind, CaptureWriter, SiteState, Snapshot, SnapshotHead, Totals, Trailer, age_class,
 };
+use random::Random;
 use script::sampled_header;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,28 +23,6 @@ const HOUR: f64 = 3600.0;
 const SNAPSHOTS: usize = 60;
 const MIB: f64 = 1_048_576.0;
 const FOR_EVER: f64 = f64::INFINITY;
-
-/// splitmix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// In [0, 1).
-    fn unit(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
-    }
-
-    fn exponential(&mut self, mean: f64) -> f64 {
-        -mean * (1.0 - self.unit()).ln()
-    }
-}
 
 /// A block: size, when it came, when it went.
 #[derive(Clone, Copy)]
@@ -216,7 +196,7 @@ fn judge(sites: &[SiteSpec], seeds: u64) -> BTreeMap<String, BTreeMap<&'static s
         let outline = Outline::read(&path).unwrap();
         for site in leaks(&outline, Filter::default()).unwrap().sites {
             *verdicts
-                .entry(site.name.function.unwrap())
+                .entry(site.name.function.unwrap().to_string())
                 .or_default()
                 .entry(site.verdict.name())
                 .or_default() += 1;

@@ -4,39 +4,18 @@
 //!
 //! The drawing is done here as the agent does it, without a process; that the agent does it so is tested on live ones.
 
+mod random;
 mod script;
 
 use heaptap::analysis::{Findings, Totals, View, analyse};
 use heaptap::capture::{AllocatorKind, CaptureReader, StackId};
+use random::Random;
 use script::{MAIN, Script, WORKER, sampled_header};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 const RUNS: usize = 200;
 /// Mean distance of samples. Small, so that a run is quick; what counts is its ratio to the sizes.
 const INTERVAL: u64 = 32 << 10;
-
-/// splitmix64 (Steele, Lea and Flood 2014).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// In (0, 1].
-    fn unit(&mut self) -> f64 {
-        ((self.next() >> 11) + 1) as f64 / (1u64 << 53) as f64
-    }
-
-    /// `low` to `high`, each power of two as often as any other.
-    fn size(&mut self, low: u64, high: u64) -> u64 {
-        (low as f64 * (high as f64 / low as f64).powf(self.unit())) as u64
-    }
-}
 
 #[derive(Clone, Copy)]
 enum Event {
@@ -75,7 +54,7 @@ fn stream() -> Vec<Event> {
     let mut sites: Vec<usize> =
         PLACES.iter().enumerate().flat_map(|(n, p)| vec![n; p.blocks as usize]).collect();
     for at in (1..sites.len()).rev() {
-        sites.swap(at, (random.next() % (at as u64 + 1)) as usize);
+        sites.swap(at, random.below(at + 1));
     }
     let mut events = Vec::new();
     let mut due: HashMap<usize, Vec<u64>> = HashMap::new();
@@ -87,7 +66,7 @@ fn stream() -> Vec<Event> {
         events.push(Event::Allocate { block, site, tid, size });
         made[site] += 1;
         if made[site] % place.kept != 0 {
-            let end = at + 1 + (random.next() % 3000) as usize;
+            let end = at + 1 + random.below(3000);
             due.entry(end.min(last - 1)).or_default().push(block);
         }
         events.extend(due.remove(&at).unwrap_or_default().into_iter().map(|block| Event::Free { block }));
@@ -148,7 +127,7 @@ impl Drawing {
     }
 
     fn draw(&mut self, interval: u64) {
-        self.until = (-self.random.unit().ln() * interval as f64) as i64;
+        self.until = (-self.random.positive().ln() * interval as f64) as i64;
         self.interval = interval;
     }
 

@@ -5,7 +5,7 @@
 
 use super::diff::{Diff, DiffOptions, Sums};
 use super::merge::Merge;
-use super::moments::{Moment, NoSuchMoment, Outline, When};
+use super::moments::{Moment, Outline, When};
 use super::replay::View;
 use crate::capture::{CaptureError, EndReason, StackTable};
 use std::path::{Path, PathBuf};
@@ -57,11 +57,6 @@ impl Family {
     /// What is known of all together. Its moments are since the start of the first.
     pub fn whole(&self) -> &Outline {
         &self.whole
-    }
-
-    /// The moment that is meant.
-    pub fn find(&self, when: When) -> Result<Moment, NoSuchMoment> {
-        self.whole.find(when)
     }
 
     /// What grew from a moment of `old`, or of this where it is `None`, to a moment of this.

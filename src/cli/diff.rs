@@ -111,10 +111,7 @@ impl Args {
         let second = self.other.as_deref().map(Outline::read).transpose()?;
         let new = second.as_ref().unwrap_or(&first);
         let old = second.as_ref().map(|_| &first);
-        let usual = if old.is_some() { When::Last } else { When::Start };
-        let from = first.find(self.from.unwrap_or(usual))?;
-        let to = new.find(self.to)?;
-        in_order(old.is_some(), from, to)?;
+        let (from, to) = self.moments(old, new)?;
         let diff = diff(old.map(|old| (old, from)), from, (new, to), &self.options(grouping))?;
         self.print(&diff, grouping, (old, from), (new, to))
     }
@@ -125,12 +122,18 @@ impl Args {
         let second = self.other.as_deref().map(family).transpose()?;
         let new = second.as_ref().unwrap_or(&first);
         let old = second.as_ref().map(|_| &first);
-        let usual = if old.is_some() { When::Last } else { When::Start };
-        let from = first.find(self.from.unwrap_or(usual))?;
-        let to = new.find(self.to)?;
-        in_order(old.is_some(), from, to)?;
+        let (from, to) = self.moments(old.map(Family::whole), new.whole())?;
         let diff = new.diff(old, from, to, &self.options(grouping))?;
         self.print(&diff, grouping, (old.map(Family::whole), from), (new.whole(), to))
+    }
+
+    /// From when to when. `old` is another recording than `new`, if there is one.
+    fn moments(&self, old: Option<&Outline>, new: &Outline) -> Result<(Moment, Moment), Error> {
+        let usual = if old.is_some() { When::Last } else { When::Start };
+        let from = old.unwrap_or(new).find(self.from.unwrap_or(usual))?;
+        let to = new.find(self.to)?;
+        in_order(old.is_some(), from, to)?;
+        Ok((from, to))
     }
 
     fn options(&self, grouping: Grouping) -> DiffOptions {

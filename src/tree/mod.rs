@@ -5,6 +5,7 @@
 //! how a process is recorded is the [`recorder`](crate::recorder)'s business alone.
 
 mod book;
+mod ending;
 mod inherited;
 pub mod one;
 pub mod processes;

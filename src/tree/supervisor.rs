@@ -1,12 +1,11 @@
 //! The loop that keeps a tree recorded: looks for children, starts a [`Worker`] for each process, keeps the index, and ends
 //! when all have ended, or it is asked to.
 //!
-//! Knows processes by [`ProcessId`] and what their workers tell. A process is followed until it ends, whoever its parent is by
+//! Knows processes by [`ProcessId`] and what their workers tell; how all of them end is [`super::ending`]'s. A process is followed until it ends, whoever its parent is by
 //! then. What it did before it was found is not recorded.
 
 use super::TreeError;
 use super::book::{Book, EntryId, TreeSummary};
-use super::inherited;
 use super::processes::{Children, Facts, ProcessId, Program, facts, identify, program, unix_ns};
 use super::told::{Ended, Told};
 use super::worker::{Heard, Worker};
@@ -33,10 +32,6 @@ const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(1);
 const LOOK_SHARE: u32 = 100;
 /// A process that is not recorded is looked at for another program once in so many looks.
 const LOOKS_PER_PROGRAM: u32 = 10;
-/// How long workers may take to end by themselves when the duration is over.
-const OWN_END: Duration = Duration::from_secs(5);
-/// How long workers that were asked to end are waited for before that is told.
-const ENDING: Duration = Duration::from_secs(30);
 
 /// What is to be recorded.
 #[derive(Debug, Clone)]
@@ -111,7 +106,7 @@ fn raise_file_limit() {
 }
 
 /// What becomes of a process that is followed.
-enum State {
+pub(super) enum State {
     /// It is to be recorded as soon as there is room.
     Waiting,
     /// A worker is at it.
@@ -122,33 +117,33 @@ enum State {
     Ended,
 }
 
-struct Process {
+pub(super) struct Process {
     id: ProcessId,
-    handle: Handle,
-    state: State,
+    pub(super) handle: Handle,
+    pub(super) state: State,
     /// Its entry in the index.
-    entry: EntryId,
+    pub(super) entry: EntryId,
 }
 
-struct Tree<'a> {
-    options: &'a TreeOptions,
+pub(super) struct Tree<'a> {
+    pub(super) options: &'a TreeOptions,
     observer: &'a mut dyn TreeObserver,
     children: Children,
     /// By pid. Ends are noticed before a pid that is given out again is taken for the former process.
-    processes: HashMap<i32, Process>,
+    pub(super) processes: HashMap<i32, Process>,
     /// Workers by number: which process each is at.
-    workers: HashMap<usize, i32>,
+    pub(super) workers: HashMap<usize, i32>,
     next_worker: usize,
-    waiting: VecDeque<i32>,
-    book: Book,
-    start: Instant,
+    pub(super) waiting: VecDeque<i32>,
+    pub(super) book: Book,
+    pub(super) start: Instant,
     looks: u32,
     /// Processes are in line because as many are recorded as may be.
     limit_was_reached: bool,
     /// The workers were asked to end.
-    asked: bool,
+    pub(super) asked: bool,
     /// Nothing is begun any more.
-    ending: bool,
+    pub(super) ending: bool,
     tell: Sender<Heard>,
     heard: Receiver<Heard>,
 }
@@ -213,7 +208,7 @@ impl<'a> Tree<'a> {
     }
 
     /// Takes in what workers told, waiting for the first word for so long.
-    fn listen(&mut self, patience: Duration) {
+    pub(super) fn listen(&mut self, patience: Duration) {
         let mut next = self.heard.recv_timeout(patience);
         loop {
             match next {
@@ -336,7 +331,7 @@ impl<'a> Tree<'a> {
     }
 
     /// Why a process was not recorded that waited until something happened.
-    fn why_waited(&self, otherwise: &str) -> NotRecorded {
+    pub(super) fn why_waited(&self, otherwise: &str) -> NotRecorded {
         let most = self.options.max_processes;
         if self.limit_was_reached {
             let why = format!("{otherwise}: {most} others were recorded at that time (--max-processes)");
@@ -401,7 +396,7 @@ impl<'a> Tree<'a> {
         }
     }
 
-    fn not_recorded(&mut self, entry: EntryId, why: NotRecorded) {
+    pub(super) fn not_recorded(&mut self, entry: EntryId, why: NotRecorded) {
         if let Some(entry) = self.book.entry(entry) {
             self.observer.not_recorded(entry, &why);
         }
@@ -448,7 +443,7 @@ impl<'a> Tree<'a> {
         }
     }
 
-    fn is_recording(&self, entry: EntryId) -> bool {
+    pub(super) fn is_recording(&self, entry: EntryId) -> bool {
         self.book.entry(entry).is_some_and(|entry| entry.start_unix_ns.is_some())
     }
 
@@ -458,82 +453,6 @@ impl<'a> Tree<'a> {
             if let State::Working(worker) = &process.state {
                 worker.signal(Signal::SIGUSR1);
             }
-        }
-    }
-
-    /// Once: a second signal would seem to be the reason.
-    fn ask_all_to_end(&mut self, signal: Signal) {
-        self.ending = true;
-        if std::mem::replace(&mut self.asked, true) {
-            return;
-        }
-        for process in self.processes.values() {
-            if let State::Working(worker) = &process.state {
-                worker.signal(signal);
-            }
-        }
-    }
-
-    fn ask_those_not_recording_to_end(&mut self) {
-        self.ending = true;
-        for process in self.processes.values() {
-            if let State::Working(worker) = &process.state
-                && !self.is_recording(process.entry)
-            {
-                worker.signal(Signal::SIGTERM);
-            }
-        }
-    }
-
-    /// Those that were not recorded and live on are left without what they inherited of a recorded parent.
-    fn clean_the_others(&self) {
-        for (pid, process) in &self.processes {
-            let unrecorded = self.book.entry(process.entry).is_none_or(|entry| entry.not_recorded.is_some());
-            if unrecorded
-                && process.handle.end().is_none()
-                && let Err(error) = inherited::remove(*pid)
-            {
-                // One that can't be traced was refused for that before.
-                tracing::debug!("process {pid}: {error}");
-            }
-        }
-    }
-
-    /// Ends every recording and tells what came of all.
-    fn finish(mut self, ended: String) -> Result<TreeSummary, TreeError> {
-        let mut told_since = Instant::now();
-        self.ask_those_not_recording_to_end();
-        // The others have the duration of their own, which began when they had attached.
-        let own_end = Instant::now() + OWN_END;
-        while !self.workers.is_empty() {
-            if Instant::now() >= own_end {
-                self.ask_all_to_end(Signal::SIGTERM);
-            }
-            self.listen(Duration::from_millis(50));
-            if told_since.elapsed() >= ENDING {
-                told_since = Instant::now();
-                let pids: Vec<String> = self.workers.values().map(ToString::to_string).collect();
-                tracing::warn!("still letting go of: {}", pids.join(", "));
-            }
-        }
-        for pid in std::mem::take(&mut self.waiting) {
-            if let Some(entry) = self.processes.get(&pid).map(|process| process.entry) {
-                let why = self.why_waited("recording ended before it could be recorded");
-                self.not_recorded(entry, why);
-            }
-        }
-        self.clean_the_others();
-        let elapsed = self.start.elapsed();
-        let (summary, why) = self.book.close(ended)?;
-        match why {
-            Some(why) => {
-                let found = match summary.not_recorded {
-                    1 => "1 process".into(),
-                    count => format!("{count} processes"),
-                };
-                Err(TreeError::NoneRecorded { found, why })
-            }
-            None => Ok(TreeSummary { elapsed, ..summary }),
         }
     }
 }

@@ -1,25 +1,10 @@
 //! The strength of the stack hash.
 
 use crate::abi::{self, PythonFacts, chain};
+use crate::random::Random;
 use crate::stacks::{CODE, Made, Stack, running, shapes};
 use crate::{python, state};
 use std::collections::{HashMap, HashSet};
-
-/// splitmix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-}
 
 /// Hashes of `count` stacks that differ as those of a program do: few code objects near each other, few instructions each,
 /// stacks that share most of their frames, neighbours swapped, repeated, left out.

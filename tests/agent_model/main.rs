@@ -14,6 +14,9 @@ mod codes;
 #[allow(unsafe_op_in_unsafe_fn)]
 mod python;
 
+#[path = "../random/mod.rs"]
+mod random;
+
 mod hashes;
 mod own_states;
 mod stacks;

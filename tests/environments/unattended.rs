@@ -202,12 +202,14 @@ fn a_log_for_machines_tells_everything_in_json() {
 
 #[test]
 fn more_is_told_where_it_is_asked_for() {
-    let target = Target::start(&crate::common::pythons()[0], "libc_blocks.py");
+    let mut target = Target::start(&crate::common::pythons()[0], "libc_blocks.py");
+    let pid = target.pid().to_string();
+    let before = Snapshot::take(target.pid());
     let told = |arguments: &[&str]| {
         let folder = tempfile::tempdir().unwrap();
         let mut child = heaptap()
             .args(arguments)
-            .args(["attach", "--quiet", "--duration", "100ms", "--pid", &target.pid().to_string(), "-o"])
+            .args(["attach", "--quiet", "--duration", "100ms", "--pid", &pid, "-o"])
             .arg(folder.path().join("c"))
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -222,4 +224,5 @@ fn more_is_told_where_it_is_asked_for() {
     let info = told(&["-v"]);
     assert!(info.contains("INFO") && !info.contains("DEBUG"), "{info}");
     assert!(told(&["-vv"]).contains("DEBUG"));
+    assert_left_no_trace(&before, &mut target);
 }
