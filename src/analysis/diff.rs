@@ -14,7 +14,7 @@
 use super::grouping::{Filter, GroupId, GroupName, Grouping, Groups, Remembered};
 use super::moments::{Moment, Outline};
 use super::states::{each_snapshot, replay_at};
-use crate::capture::{CaptureError, Snapshot, StackTable, Totals, Wanted};
+use crate::capture::{CaptureError, SnapshotPart, StackTable, Totals, Wanted};
 use std::cmp::Reverse;
 
 /// What a diff is of.
@@ -171,11 +171,11 @@ impl Sums {
             let mut times: Vec<u64> = [from, to].iter().flatten().map(|moment| moment.time_ns).collect();
             times.sort_unstable();
             times.dedup();
-            return replay_at(&outline.path, &times, |place, snapshot, stacks| {
+            return replay_at(&outline.path, &times, |place, part, stacks| {
                 let time = times[place];
                 let (is_old, is_new) = (is_at(from, time), is_at(to, time));
                 let flow = both && from.is_some_and(|from| time > from.time_ns || from == Moment::START);
-                self.see(snapshot, stacks, &mut seen, Role { is_old, is_new, is_flow: flow && is_new, went });
+                self.see(part, stacks, &mut seen, Role { is_old, is_new, is_flow: flow && is_new, went });
             });
         }
         let place_of = |moment: Option<Moment>| moment.and_then(|moment| moment.place);
@@ -186,16 +186,16 @@ impl Sums {
         };
         let wanted = |place: usize| {
             let Role { is_old, is_new, is_flow: flows, .. } = roles(place);
-            Wanted { live: is_old || is_new, flows, ages: false }
+            Wanted { live: is_old || is_new, flows, ages: false, counts: true }
         };
-        each_snapshot(&outline.path, &outline.snapshots, wanted, |place, part, _, stacks| {
+        each_snapshot(&outline.path, &outline.snapshots, wanted, |place, part, stacks| {
             self.see(part, stacks, &mut seen, roles(place));
         })
     }
 
     fn see(
         &mut self,
-        snapshot: &Snapshot,
+        part: &SnapshotPart,
         stacks: &StackTable,
         seen: &mut Remembered,
         Role { is_old, is_new, is_flow, went }: Role,
@@ -204,24 +204,27 @@ impl Sums {
             return;
         }
         let one_recording = self.one_recording;
-        for row in &snapshot.rows {
-            let groups = self.groups.of(row, stacks, seen);
+        for (row, site) in part.sites().iter().enumerate() {
+            let (live, allocated, freed) = (part.live(row), part.allocated(row), part.freed(row));
+            if live.or(allocated).or(freed).is_none() {
+                continue;
+            }
+            let groups = self.groups.of(site, stacks, seen);
             let add = |change: &mut Change| {
                 if one_recording {
                     change.flows.get_or_insert_default();
                 }
-                if is_old {
-                    change.old.add(row.live);
+                if is_old && let Some(live) = live {
+                    change.old.add(*live);
                     if went {
-                        change.flow(row.live);
+                        change.flow(*live);
                     }
                 }
-                if is_new {
-                    change.new.add(row.live);
+                if is_new && let Some(live) = live {
+                    change.new.add(*live);
                 }
                 if is_flow {
-                    change.flow(row.allocated);
-                    change.flow(row.freed);
+                    allocated.into_iter().chain(freed).for_each(|flow| change.flow(*flow));
                 }
             };
             if !groups.is_empty() {

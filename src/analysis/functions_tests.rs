@@ -1,7 +1,8 @@
 //! Caller tree and functions against sums that walk every stack.
 
 use super::*;
-use crate::analysis::{Site, SiteTotals};
+use crate::analysis::SiteTotals;
+use crate::capture::Site;
 use crate::capture::{AllocatorKind, CaptureReader, CaptureWriter, Header, Trailer};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};

@@ -4,9 +4,10 @@
 //! processes are the same where their code is.
 
 use super::package::package;
-use crate::capture::{AllocatorKind, FrameId, FrameText, SiteState, StackId, StackTable};
+use crate::capture::{AllocatorKind, FrameId, FrameText, Site, StackId, StackTable};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// What one group has in common.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -75,7 +76,7 @@ impl Filter {
         self.include.is_empty() && self.exclude.is_empty()
     }
 
-    fn takes(&self, row: &SiteState, stacks: &StackTable) -> bool {
+    fn takes(&self, row: &Site, stacks: &StackTable) -> bool {
         let matches = |pattern: &Pattern| match pattern.subject {
             Subject::Thread => pattern.glob.matches(&thread(row.tid, stacks)),
             subject => {
@@ -96,23 +97,26 @@ fn word<'a>(subject: Subject, frame: FrameText<'a>) -> &'a str {
     }
 }
 
+/// A frame in words: function, file, line (0 if unknown).
+pub type FrameName = (Arc<str>, Arc<str>, u32);
+
 /// What a group has in common, in words. Empty words are not part of it.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct GroupName {
     /// A function's qualified name. Of a line, the function if it is one for all of the group.
-    pub function: Option<String>,
+    pub function: Option<Arc<str>>,
     /// A file.
-    pub file: Option<String>,
+    pub file: Option<Arc<str>>,
     /// A line, if it is known.
     pub line: Option<u32>,
     /// A package.
-    pub module: Option<String>,
+    pub module: Option<Arc<str>>,
     /// An allocator.
     pub allocator: Option<&'static str>,
     /// A thread.
-    pub thread: Option<String>,
-    /// A stack, innermost frame first: function, file, line (0 if unknown).
-    pub traceback: Option<Vec<(String, String, u32)>>,
+    pub thread: Option<Arc<str>>,
+    /// A stack, innermost frame first.
+    pub traceback: Option<Vec<FrameName>>,
 }
 
 /// Number of a group.
@@ -139,7 +143,7 @@ pub struct Groups {
     grouping: Grouping,
     cumulative: bool,
     filter: Filter,
-    words: Interner<String>,
+    words: Interner<Arc<str>>,
     keys: Interner<Key>,
     /// Of a line's group, the function that it is in; `None` where there are several.
     functions: Vec<Option<Word>>,
@@ -150,10 +154,12 @@ pub struct Groups {
 /// What is remembered of one capture, whose ids are its own.
 #[derive(Default)]
 pub struct Remembered {
-    by_stack: HashMap<StackId, Box<[GroupId]>, RandomState>,
+    /// Where each stack's groups are in `groups`; nowhere if it was not met yet.
+    by_stack: Vec<(u32, u32)>,
+    groups: Vec<GroupId>,
     frames: HashMap<FrameId, Frame, RandomState>,
     nodes: HashMap<StackId, u32, RandomState>,
-    of_row: Vec<GroupId>,
+    of_row: [GroupId; 1],
 }
 
 impl Groups {
@@ -167,7 +173,7 @@ impl Groups {
     /// The groups that a row belongs to; none if the filter leaves it out.
     pub fn of<'r>(
         &mut self,
-        row: &SiteState,
+        row: &Site,
         stacks: &StackTable,
         remembered: &'r mut Remembered,
     ) -> &'r [GroupId] {
@@ -176,10 +182,10 @@ impl Groups {
         }
         let key = match self.grouping {
             Grouping::Allocator => Key::Allocator(row.allocator),
-            Grouping::Thread => Key::Thread(self.words.id(&*thread(row.tid, stacks), str::to_owned)),
+            Grouping::Thread => Key::Thread(self.words.id(&*thread(row.tid, stacks), |word| Arc::from(word))),
             _ => return self.of_stack(row.stack, stacks, remembered),
         };
-        remembered.of_row = vec![self.group(key, None)];
+        remembered.of_row = [self.group(key, None)];
         &remembered.of_row
     }
 
@@ -189,11 +195,18 @@ impl Groups {
         stacks: &StackTable,
         remembered: &'r mut Remembered,
     ) -> &'r [GroupId] {
-        if !remembered.by_stack.contains_key(&stack) {
-            let groups = self.work_out(stack, stacks, remembered);
-            remembered.by_stack.insert(stack, groups.into());
+        let at = stack.0 as usize;
+        if at >= remembered.by_stack.len() {
+            // A row's stack is one of the table's.
+            remembered.by_stack.resize(at + 1, (0, 0));
         }
-        &remembered.by_stack[&stack]
+        if remembered.by_stack[at].1 == 0 {
+            let groups = self.work_out(stack, stacks, remembered);
+            remembered.by_stack[at] = (remembered.groups.len() as u32, groups.len() as u32);
+            remembered.groups.extend(groups);
+        }
+        let (from, count) = remembered.by_stack[at];
+        &remembered.groups[from as usize..][..count as usize]
     }
 
     fn work_out(&mut self, stack: StackId, stacks: &StackTable, seen: &mut Remembered) -> Vec<GroupId> {
@@ -212,7 +225,7 @@ impl Groups {
                 Grouping::Function => Key::Function(function, file),
                 Grouping::Module => {
                     let module = package(stacks.frame(id).file);
-                    Key::Module(self.words.id(module, str::to_owned))
+                    Key::Module(self.words.id(module, |word| Arc::from(word)))
                 }
                 Grouping::Site => Key::Site((function, file, line)),
                 _ => Key::Line(file, line),
@@ -238,7 +251,7 @@ impl Groups {
         let words = &mut self.words;
         *seen.frames.entry(id).or_insert_with(|| {
             let FrameText { function, file, line } = stacks.frame(id);
-            (words.id(function, str::to_owned), words.id(file, str::to_owned), line)
+            (words.id(function, |word| Arc::from(word)), words.id(file, |word| Arc::from(word)), line)
         })
     }
 
@@ -332,9 +345,9 @@ impl<T: Clone + Eq + std::hash::Hash> Interner<T> {
         if let Some(id) = self.ids.get(value) {
             return *id;
         }
-        let id = self.values.len() as u32;
-        self.ids.insert(own(value), id);
-        self.values.push(own(value));
+        let (id, value) = (self.values.len() as u32, own(value));
+        self.ids.insert(value.clone(), id);
+        self.values.push(value);
         id
     }
 }

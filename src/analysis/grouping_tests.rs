@@ -31,8 +31,8 @@ const STACK: [(&str, &str, u32); 4] = [
     ("loads", "/usr/lib/python3.11/json/__init__.py", 346),
 ];
 
-fn row(stack: StackId) -> SiteState {
-    SiteState { stack, tid: 7, ..SiteState::default() }
+fn row(stack: StackId) -> Site {
+    Site { stack, tid: 7, ..Site::default() }
 }
 
 #[test]
@@ -77,7 +77,7 @@ fn groups_are_named_in_words() {
     assert_eq!(name(Grouping::Thread).thread.as_deref(), Some("Thread-*"));
     let traceback = name(Grouping::Traceback).traceback.unwrap();
     assert_eq!(
-        traceback.iter().map(|frame| frame.0.as_str()).collect::<Vec<_>>(),
+        traceback.iter().map(|frame| &*frame.0).collect::<Vec<_>>(),
         ["loads", "walk", "walk", "main"]
     );
 }

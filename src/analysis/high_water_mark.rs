@@ -7,8 +7,8 @@
 //! Where records are samples it is the peak of the estimate of what is live. The largest of many estimates is too large
 //! on average: docs/reports.md says by how much.
 
-use super::site::{Site, SiteTable, SiteTotals, sum};
-use crate::capture::{Certain, Sampled, Totals};
+use super::site::{SiteTable, SiteTotals, sum};
+use crate::capture::{Certain, Sampled, Site, Totals};
 
 /// What a site has.
 #[derive(Clone, Copy, Default)]

@@ -11,7 +11,7 @@ use super::grouping::{Filter, GroupId, GroupName, Grouping, Groups, Remembered};
 use super::moments::Outline;
 use super::states::{each_snapshot, replay_at};
 use super::trend::{Point, Rate, Shape, Trend};
-use crate::capture::{AGE_LIMITS, AGES, Age, CaptureError, Gauges, Snapshot, StackTable, Totals, Wanted};
+use crate::capture::{AGE_LIMITS, AGES, Age, CaptureError, Gauges, SnapshotPart, StackTable, Totals, Wanted};
 use std::cmp::Ordering;
 
 /// Moments at which events are replayed, after the start.
@@ -128,17 +128,18 @@ pub fn leaks(outline: &Outline, filter: Filter) -> Result<Leaks, CaptureError> {
         let mut times: Vec<u64> = (1..=MOMENTS).map(|n| at_part(outline.end_ns, n, MOMENTS)).collect();
         times.dedup();
         let last = times.len() - 1;
-        replay_at(&outline.path, &times, |place, snapshot, stacks| {
-            series.add(snapshot, stacks, &mut seen, true, place == last);
+        replay_at(&outline.path, &times, |place, part, stacks| {
+            series.add(part, stacks, &mut seen, true, place == last);
             series.end_moment(times[place]);
         })?;
     } else {
         let last = outline.snapshots.len() - 1;
         let kept = kept(outline.snapshots.len());
-        let wanted = |place| Wanted { live: kept(place), flows: true, ages: place == last };
-        each_snapshot(&outline.path, &outline.snapshots, wanted, |place, part, is_whole, stacks| {
+        let wanted =
+            |place| Wanted { live: kept(place), flows: true, ages: place == last, counts: place == last };
+        each_snapshot(&outline.path, &outline.snapshots, wanted, |place, part, stacks| {
             series.add(part, stacks, &mut seen, kept(place), place == last);
-            if is_whole && kept(place) {
+            if part.is_last && kept(place) {
                 series.end_moment(part.head.time_ns);
             }
         })?;
@@ -161,15 +162,16 @@ fn kept(count: usize) -> impl Fn(usize) -> bool {
 #[derive(Clone, Copy, Default)]
 struct Sum {
     live: Totals,
-    flows: Totals,
+    /// Of what came and went: the variance, and the cubes of the variances.
+    flow_variance: f64,
+    flow_cubes: f64,
+    /// The largest sum of cubes at any of the moments.
+    most_cubes: f64,
 }
 
-/// A site's series, and what is known at the end.
-struct Column {
-    /// The moment of its first point.
-    first: usize,
-    points: Vec<Point>,
-    largest_variance: f64,
+/// A site at the last moment.
+#[derive(Clone, Copy, Default)]
+struct AtLast {
     live: Totals,
     ages: [Age; AGES],
 }
@@ -179,43 +181,45 @@ struct Series {
     groups: Groups,
     /// In seconds since the start; at the first nothing is live.
     times: Vec<f64>,
+    /// By moment, for that is how they come, those sites that were known then.
+    points: Vec<Vec<Point>>,
     sums: Vec<Sum>,
-    columns: Vec<Column>,
+    /// Empty before the last moment.
+    at_last: Vec<AtLast>,
 }
 
 impl Series {
     fn new(filter: Filter) -> Self {
         let groups = Groups::new(Grouping::Site, false, filter);
-        Self { groups, times: vec![0.0], sums: Vec::new(), columns: Vec::new() }
+        Self { groups, times: vec![0.0], points: vec![Vec::new()], sums: Vec::new(), at_last: Vec::new() }
     }
 
     /// Adds a snapshot, or a part of one.
     fn add(
         &mut self,
-        snapshot: &Snapshot,
+        part: &SnapshotPart,
         stacks: &StackTable,
         seen: &mut Remembered,
         is_moment: bool,
         is_last: bool,
     ) {
-        for row in &snapshot.rows {
-            for group in self.groups.of(row, stacks, seen) {
+        for (row, site) in part.sites().iter().enumerate() {
+            for group in self.groups.of(site, stacks, seen) {
                 let at = *group as usize;
                 if at >= self.sums.len() {
                     self.sums.resize(at + 1, Sum::default());
                 }
                 let sum = &mut self.sums[at];
-                sum.flows.add(row.allocated);
-                sum.flows.add(row.freed);
-                if is_moment {
-                    sum.live.add(row.live);
+                for flow in part.allocated(row).into_iter().chain(part.freed(row)) {
+                    sum.flow_variance += flow.bytes_variance();
+                    sum.flow_cubes += flow.cubed_bytes_variance();
+                }
+                if is_moment && let Some(live) = part.live(row) {
+                    sum.live.add(*live);
                 }
                 if is_last {
-                    let first = self.times.len() - 1;
-                    while self.columns.len() <= at {
-                        self.columns.push(Column::new(first));
-                    }
-                    self.columns[at].add_ages(&row.ages);
+                    self.at_last.resize(self.sums.len(), AtLast::default());
+                    self.at_last[at].add(part.live(row), part.ages(row));
                 }
             }
         }
@@ -227,21 +231,17 @@ impl Series {
         // Snapshots come in order; a clock that did not move would make a rate of nothing.
         let last = self.times.last().copied().unwrap_or(0.0);
         self.times.push(if time > last { time } else { last + 1e-6 });
-        let first = self.times.len() - 2;
-        while self.columns.len() < self.sums.len() {
-            self.columns.push(Column::new(first));
-        }
-        for (column, sum) in self.columns.iter_mut().zip(&mut self.sums) {
-            let Sum { live, flows } = std::mem::take(sum);
-            column.live = live;
-            let largest = live.largest_bytes_variance().max(flows.largest_bytes_variance());
-            column.largest_variance = column.largest_variance.max(largest);
-            column.points.push(Point {
+        let points = self.sums.iter_mut().map(|sum| {
+            let Sum { live, flow_variance, flow_cubes, most_cubes } = *sum;
+            let most_cubes = most_cubes.max(live.cubed_bytes_variance()).max(flow_cubes);
+            *sum = Sum { most_cubes, ..Sum::default() };
+            Point {
                 live: live.bytes() as f32,
                 stock_variance: live.bytes_variance() as f32,
-                flow_variance: flows.bytes_variance() as f32,
-            });
-        }
+                flow_variance: flow_variance as f32,
+            }
+        });
+        self.points.push(points.collect());
     }
 
     fn judge(self, gauges: &[Gauges]) -> Leaks {
@@ -249,42 +249,45 @@ impl Series {
         // The oldest class of age that the first half of the time could fill.
         let class = AGE_LIMITS.partition_point(|limit| *limit as f64 <= seconds / 2.0);
         let old_s = class.checked_sub(1).map_or(0, |at| AGE_LIMITS[at]);
-        let whole: f64 = self.columns.iter().map(|column| column.live.bytes() as f64).sum();
+        let whole: f64 = self.at_last.iter().map(|site| site.live.bytes() as f64).sum();
         let matters = (MATTERS * whole).max(MATTERS_BYTES);
-        let judged = self.columns.iter().enumerate().filter(|(_, column)| column.had_anything());
-        let mut sites: Vec<SiteVerdict> = judged
-            .map(|(at, column)| column.judge(&self.times, self.groups.name(at as GroupId), matters, class))
-            .collect();
+        let mut points = Vec::new();
+        let judged = self.sums.iter().enumerate().filter_map(|(at, sum)| {
+            points.clear();
+            points.extend(self.points.iter().map(|moment| moment.get(at).copied().unwrap_or_default()));
+            let seen = points.iter().position(|point| point.live > 0.0)?;
+            let name = self.groups.name(at as GroupId);
+            let trend = (&self.times[..], &points[..], sum.most_cubes.cbrt());
+            let at_last = self.at_last.get(at).copied().unwrap_or_default();
+            Some(at_last.judge(trend, seen, name, (matters, class)))
+        });
+        let mut sites: Vec<SiteVerdict> = judged.collect();
         sites.sort_by(most_condemned_first);
         let process = process(gauges, seconds, &sites);
         Leaks { sites, process, moments: self.times.len(), old_s }
     }
 }
 
-impl Column {
-    /// Of a site that was first seen after the moment `first`: there it had nothing.
-    fn new(first: usize) -> Self {
-        let (points, live, ages) = (vec![Point::default()], Totals::default(), [Age::default(); AGES]);
-        Self { first, points, largest_variance: 0.0, live, ages }
-    }
-
-    fn add_ages(&mut self, ages: &[Age; AGES]) {
-        for (sum, age) in self.ages.iter_mut().zip(ages) {
+impl AtLast {
+    fn add(&mut self, live: Option<&Totals>, ages: Option<&[Age; AGES]>) {
+        live.into_iter().for_each(|live| self.live.add(*live));
+        for (sum, age) in self.ages.iter_mut().zip(ages.into_iter().flatten()) {
             sum.bytes = sum.bytes.saturating_add(age.bytes);
             sum.blocks = sum.blocks.saturating_add(age.blocks);
         }
     }
 
-    fn had_anything(&self) -> bool {
-        self.points.iter().any(|point| point.live > 0.0)
-    }
-
-    fn judge(&self, times: &[f64], name: GroupName, matters: f64, class: usize) -> SiteVerdict {
+    /// `seen`: the first moment at which it had anything.
+    fn judge(
+        &self,
+        (times, points, largest_variance): (&[f64], &[Point], f64),
+        seen: usize,
+        name: GroupName,
+        (matters, class): (f64, usize),
+    ) -> SiteVerdict {
         // From the last moment at which it had nothing yet.
-        let seen = self.points.iter().position(|point| point.live > 0.0).unwrap_or(0);
         let start = seen.saturating_sub(1);
-        let times = &times[self.first..][..self.points.len()];
-        let trend = Trend::new(&times[start..], &self.points[start..], self.largest_variance);
+        let trend = Trend::new(&times[start..], &points[start..], largest_variance);
         let growth = trend.growth();
         let (verdict, too_little) = match trend.shape() {
             Shape::Grows if growth.0 < matters => (Verdict::NotEnoughData, Some(TooLittle::Bytes)),
@@ -303,7 +306,7 @@ impl Column {
             verdict,
             too_little,
             live: self.live,
-            most_bytes: self.points.iter().fold(0.0_f32, |most, point| most.max(point.live)) as u64,
+            most_bytes: points.iter().fold(0.0_f32, |most, point| most.max(point.live)) as u64,
             growth,
             rate: if verdict == Verdict::Leak { trend.rate() } else { trend.mean_rate() },
             old_share: (class > 0 && all > 0.0).then(|| sum(&self.ages[class..]) / all),

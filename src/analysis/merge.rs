@@ -5,10 +5,10 @@
 //! at its own time. Names are compared as text; nothing is known of how captures belong together.
 
 use super::replay::{Findings, Missing, Samples, View};
-use super::site::{Site, sorted};
+use super::site::sorted;
 use super::statistics::Statistics;
 use crate::capture::{
-    CaptureError, CutShort, Damage, EndReason, Header, StackId, StackUnion, ThreadName, Totals, Trailer,
+    CaptureError, CutShort, Damage, EndReason, Header, Site, StackId, StackUnion, ThreadName, Totals, Trailer,
 };
 use foldhash::fast::RandomState;
 use std::collections::{BTreeSet, HashMap};

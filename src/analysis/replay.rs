@@ -2,14 +2,13 @@
 
 use super::high_water_mark::HighWaterMark;
 use super::merge::Merged;
-use super::site::{Site, SiteTotals, sum};
+use super::site::{SiteTotals, sum};
 use super::snapshots::{FromSnapshots, OfSnapshot};
 use super::statistics::Statistics;
 use super::temporary::Temporary;
-use crate::capture::Totals;
 use crate::capture::{
     Allocation, Block, CaptureError, CaptureReader, CutShort, Damage, Displaced, DropReason, Free, GapReason,
-    Header, LiveSet, Part, Record, StackTable, Trailer, Unmap,
+    Header, LiveSet, Part, Record, Site, StackTable, Totals, Trailer, Unmap,
 };
 
 /// Which allocations a report is about.
@@ -180,7 +179,7 @@ impl Replay {
         match &self.temporary {
             Some(temporary) => temporary.sites(),
             None if self.view == View::Leaks => {
-                sum(self.live.iter().map(|(block, bytes)| (site(&block), left(&block, bytes))))
+                sum(self.live.iter().map(|(block, bytes)| (block.site(), left(&block, bytes))))
             }
             None => self.peak.sites(),
         }
@@ -201,7 +200,7 @@ impl Replay {
             Displaced::Nothing => {}
             Displaced::Block(old) => {
                 self.missing.missed_frees += 1;
-                self.peak.remove(site(&old), Totals::one(old.size, old.interval));
+                self.peak.remove(old.site(), Totals::one(old.size, old.interval));
             }
             Displaced::Mappings(parts) => self.unmapped(&parts),
         }
@@ -222,7 +221,7 @@ impl Replay {
             Some(block) => {
                 let went = Totals::one(block.size, block.interval);
                 self.freed.add(went);
-                self.peak.remove(site(&block), went);
+                self.peak.remove(block.site(), went);
             }
             None => {
                 self.freed.add(Totals::certain(0, 1));
@@ -248,7 +247,7 @@ impl Replay {
 
     fn unmapped(&mut self, parts: &[Part]) {
         for part in parts {
-            self.peak.remove(site(&part.mapping), Totals::certain(part.bytes, u64::from(part.ended)));
+            self.peak.remove(part.mapping.site(), Totals::certain(part.bytes, u64::from(part.ended)));
         }
     }
 }
@@ -381,10 +380,6 @@ impl Samples {
 /// What is left of a block: all, but of a mapping perhaps a part.
 fn left(block: &Block, bytes: u64) -> Totals {
     if block.allocator.is_ranged() { Totals::certain(bytes, 1) } else { Totals::one(bytes, block.interval) }
-}
-
-fn site(block: &Block) -> Site {
-    Site { stack: block.stack, allocator: block.allocator, tid: block.tid }
 }
 
 #[cfg(test)]

@@ -1,27 +1,8 @@
-//! [`Site`]: what allocations are summed by. Knows no names; ids only.
+//! Sums by [`Site`].
 
-use crate::capture::Totals;
-use crate::capture::{Allocation, AllocatorKind, StackId};
+use crate::capture::{Site, Totals};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
-
-/// One stack, one allocator, one thread.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct Site {
-    /// The stack that asked.
-    pub stack: StackId,
-    /// The function that gave.
-    pub allocator: AllocatorKind,
-    /// The thread that asked.
-    pub tid: u32,
-}
-
-impl Site {
-    /// Where a block came from.
-    pub fn of(event: &Allocation) -> Self {
-        Self { stack: event.stack, allocator: event.allocator, tid: event.tid }
-    }
-}
 
 /// What a site has of whatever was asked for.
 #[derive(Clone, Copy, PartialEq, Debug)]

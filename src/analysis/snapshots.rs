@@ -3,9 +3,9 @@
 //! Streams: of all snapshots nothing is held but sums, and of two (the highest and the last) their sites.
 
 use super::replay::Samples;
-use super::site::{Site, SiteTotals, sorted};
+use super::site::{SiteTotals, sorted};
 use super::statistics::Statistics;
-use crate::capture::{SiteState, Snapshot, SnapshotHead, Totals};
+use crate::capture::{Snapshot, SnapshotHead, Totals};
 
 /// A snapshot without its rows.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -42,7 +42,7 @@ impl FromSnapshots {
             self.freed.add(row.freed);
         }
         let moment = LiveAt { head: snapshot.head, live: snapshot.live() };
-        let sites = sorted(snapshot.rows.iter().map(|row| (site(row), row.live)));
+        let sites = sorted(snapshot.rows.iter().map(|row| (row.site(), row.live)));
         // Of equals the first.
         if self.highest.as_ref().is_none_or(|(highest, _)| moment.live.bytes() > highest.live.bytes()) {
             self.highest = Some((moment, sites.clone()));
@@ -67,8 +67,4 @@ impl FromSnapshots {
     pub(super) fn samples(&self) -> Samples {
         Samples { count: self.statistics.allocated.samples(), ..Samples::default() }
     }
-}
-
-fn site(row: &SiteState) -> Site {
-    Site { stack: row.stack, allocator: row.allocator, tid: row.tid }
 }

@@ -1,24 +1,24 @@
 //! What was live, site by site, at moments of a recording: read from its snapshots, or made from its events by replaying them.
 //!
-//! Either way it comes as [`Snapshot`]s in order of time, each with what came and went since the one before, so that nothing
+//! Either way it comes as [`SnapshotPart`]s in order of time, each with what came and went since the one before, so that nothing
 //! after this has to know which it was. One is held at a time.
 
-use super::site::Site;
 use crate::capture::{
     AGES, Age, BYTES_FRACTION, Block, COUNT_FRACTION, CaptureError, CaptureReader, Displaced, LiveSet,
-    Record, SiteState, Snapshot, SnapshotHead, StackTable, Totals, Wanted, Weight, age_class,
+    Record, Site, SiteState, Snapshot, SnapshotHead, SnapshotPart, StackTable, Totals, Wanted, Weight,
+    age_class,
 };
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
 use std::path::Path;
 
-/// Hands out the snapshots of a capture with their places, in the order of the file and in parts (true with the last): what of
-/// them, `wanted` says for each place. `heads` are those that are whole.
+/// Hands out the snapshots of a capture with their places, in the order of the file and in parts: what of them, `wanted` says for
+/// each place. `heads` are those that are whole.
 pub fn each_snapshot(
     path: &Path,
     heads: &[SnapshotHead],
     wanted: impl Fn(usize) -> Wanted,
-    mut see: impl FnMut(usize, &Snapshot, bool, &StackTable),
+    mut see: impl FnMut(usize, &SnapshotPart, &StackTable),
 ) -> Result<(), CaptureError> {
     let mut reader = CaptureReader::open(path)?;
     reader.give_parts();
@@ -28,12 +28,11 @@ pub fn each_snapshot(
         && let Some(record) = reader.next()
     {
         if let Record::Snapshot = record?
-            && let Some(part) = reader.snapshot()
-            && part.head == heads[place]
+            && reader.part().head == heads[place]
         {
-            let is_last = reader.ends_snapshot();
-            see(place, &part, is_last, reader.stacks());
-            if is_last {
+            let part = reader.part();
+            see(place, part, reader.stacks());
+            if part.is_last {
                 place += 1;
                 reader.want(wanted(place));
             }
@@ -46,7 +45,7 @@ pub fn each_snapshot(
 pub fn replay_at(
     path: &Path,
     times: &[u64],
-    mut see: impl FnMut(usize, &Snapshot, &StackTable),
+    mut see: impl FnMut(usize, &SnapshotPart, &StackTable),
 ) -> Result<(), CaptureError> {
     let mut reader = CaptureReader::open(path)?;
     reader.want(Wanted::NOTHING);
@@ -57,7 +56,7 @@ pub fn replay_at(
         let unix_ns = start.saturating_add(*time_ns);
         let head =
             SnapshotHead { index: place as u32, time_ns: *time_ns, unix_ns, ..SnapshotHead::default() };
-        see(place, &states.snapshot(head), stacks);
+        see(place, &SnapshotPart::of(&states.snapshot(head)), stacks);
     };
     while let Some(record) = reader.next() {
         let record = record?;
@@ -126,7 +125,7 @@ impl States {
     }
 
     fn went(&mut self, block: &Block, part: Totals) {
-        self.flows.entry(site(block)).or_default().1.add(part);
+        self.flows.entry(block.site()).or_default().1.add(part);
     }
 
     fn snapshot(&mut self, head: SnapshotHead) -> Snapshot {
@@ -136,11 +135,11 @@ impl States {
         let mut ages: HashMap<Site, [Age; AGES], RandomState> = HashMap::default();
         for (block, bytes) in self.live.iter() {
             let interval = if block.allocator.is_ranged() { 0 } else { block.interval };
-            let row = rows.entry(site(&block)).or_default();
+            let row = rows.entry(block.site()).or_default();
             row.live.add(Totals::one(bytes, interval));
             let weight = Weight::of(bytes, interval);
             let class = age_class(now_ms.saturating_sub(u64::from(block.time_ms)));
-            let age = &mut ages.entry(site(&block)).or_default()[class];
+            let age = &mut ages.entry(block.site()).or_default()[class];
             age.bytes = age.bytes.saturating_add(weight.bytes);
             age.blocks = age.blocks.saturating_add(weight.count);
         }
@@ -162,8 +161,4 @@ impl States {
         rows.sort_unstable_by_key(|row| (row.stack, row.allocator, row.tid));
         Snapshot { head, rows }
     }
-}
-
-fn site(block: &Block) -> Site {
-    Site { stack: block.stack, allocator: block.allocator, tid: block.tid }
 }

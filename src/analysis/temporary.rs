@@ -5,10 +5,9 @@
 //! Of a sampled capture the other allocations that are counted are the recorded ones: what was made between two samples is
 //! not known.
 
-use super::site::{Site, SiteTotals, sorted};
+use super::site::{SiteTotals, sorted};
 use crate::addr::RemoteAddr;
-use crate::capture::Allocation;
-use crate::capture::Totals;
+use crate::capture::{Allocation, Site, Totals};
 use foldhash::fast::RandomState;
 use std::collections::{HashMap, VecDeque};
 

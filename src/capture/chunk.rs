@@ -80,6 +80,50 @@ impl ChunkHeader {
         }
         Ok(())
     }
+
+    /// At most the first `most` bytes of that content; fewer where it can't be unpacked.
+    pub(super) fn unpack_start(&self, stored: &[u8], most: usize, raw: &mut Vec<u8>) {
+        raw.clear();
+        match self.codec {
+            codec::LZ4 => unpack_start(stored, most.min(self.raw_len), raw),
+            _ => raw.extend_from_slice(&stored[..stored.len().min(most)]),
+        }
+    }
+}
+
+/// At most the first `most` bytes of an lz4 block's content, into `raw`; where the block is damaged, what comes before that. By our own
+/// hands because the lz4 crate unpacks blocks as a whole only (block format: lz4's doc/lz4_Block_format.md).
+fn unpack_start(stored: &[u8], most: usize, raw: &mut Vec<u8>) {
+    let mut bytes = stored.iter().copied();
+    let length = |bytes: &mut dyn Iterator<Item = u8>, nibble: u8| {
+        let mut length = usize::from(nibble);
+        let mut more = nibble == 15;
+        while more {
+            let next = bytes.next()?;
+            length += usize::from(next);
+            more = next == u8::MAX;
+        }
+        Some(length)
+    };
+    while raw.len() < most
+        && let Some(token) = bytes.next()
+    {
+        let Some(literals) = length(&mut bytes, token >> 4) else { return };
+        raw.extend(bytes.by_ref().take(literals.min(most - raw.len())));
+        if raw.len() == most {
+            return;
+        }
+        let Some(back) =
+            bytes.next().zip(bytes.next()).map(|(low, high)| usize::from(u16::from_le_bytes([low, high])))
+        else {
+            return;
+        };
+        let Some(matched) = length(&mut bytes, token & 15) else { return };
+        for _ in 0..(matched + 4).min(most - raw.len()) {
+            let Some(byte) = raw.len().checked_sub(back).and_then(|at| raw.get(at).copied()) else { return };
+            raw.push(byte);
+        }
+    }
 }
 
 fn checksum(header: &[u8], stored: &[u8]) -> u32 {
@@ -109,6 +153,23 @@ mod tests {
             let mut sealed = Vec::new();
             seal(kind, &raw, &mut sealed);
             prop_assert_eq!(open(&sealed), Some((kind, raw)));
+        }
+
+        #[test]
+        fn a_start_is_the_start(raw in prop::collection::vec(prop_oneof![4 => 0u8..2, 1 => any::<u8>()], 0..3000), most in 0usize..3500) {
+            let mut sealed = Vec::new();
+            seal(2, &raw, &mut sealed);
+            let header = ChunkHeader::parse(sealed.first_chunk().unwrap());
+            let mut start = Vec::new();
+            header.unpack_start(&sealed[CHUNK_HEADER_LEN..], most, &mut start);
+            prop_assert_eq!(&start, &raw[..raw.len().min(most)]);
+        }
+
+        #[test]
+        fn the_start_of_any_bytes_is_survived(stored in prop::collection::vec(any::<u8>(), 0..300), most in 0usize..3000) {
+            let mut start = Vec::new();
+            unpack_start(&stored, most, &mut start);
+            prop_assert!(start.len() <= most);
         }
 
         #[test]

@@ -10,7 +10,8 @@ use super::format::{CHUNK_HEADER_LEN, PREFIX_LEN, kind};
 use super::gauges::{self, Gauges};
 use super::keeper::{Kept, Plan};
 use super::record::StackId;
-use super::snapshot::{Assembler, ROWS_PER_PART, SiteState, Snapshot, part_of};
+use super::snapshot::{ROWS_PER_PART, SiteState, Snapshot, part_of};
+use super::snapshot_parts::{Assembler, Taken};
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
@@ -142,7 +143,7 @@ impl Rewrite<'_> {
             self.keep(index, self.len - start);
             return Ok(());
         }
-        let Some(mut snapshot) = self.assembler.take(raw, u32::MAX as usize).map_err(broken)? else {
+        let Taken::Whole(mut snapshot) = self.assembler.take(raw, u32::MAX as usize).map_err(broken)? else {
             return Ok(());
         };
         if is_dropped {

@@ -26,7 +26,10 @@ mod output;
 mod predict;
 mod reader;
 mod record;
+mod site;
 mod snapshot;
+mod snapshot_columns;
+mod snapshot_parts;
 mod stack_table;
 mod stack_union;
 mod thin;
@@ -54,9 +57,11 @@ pub use reader::{CaptureReader, CutShort, Damage};
 pub use record::{
     Allocation, DropReason, FrameId, Free, FreeUnknown, GapReason, NodeId, Record, StackId, StringId, Unmap,
 };
+pub use site::Site;
 pub use snapshot::{
-    AGE_LIMITS, AGES, Age, MOST_ROWS, SiteState, Snapshot, SnapshotHead, SnapshotReason, Wanted, age_class,
+    AGE_LIMITS, AGES, Age, MOST_ROWS, SiteState, Snapshot, SnapshotHead, SnapshotReason, age_class,
 };
+pub use snapshot_columns::{SnapshotPart, Wanted};
 pub use stack_table::{FrameText, StackTable, ThreadName};
 pub use stack_union::{StackMap, StackUnion};
 pub use totals::Totals;

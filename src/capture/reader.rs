@@ -14,7 +14,9 @@ use super::format::{
 use super::gauges::{self, Gauges};
 use super::header::Header;
 use super::record::Record;
-use super::snapshot::{Assembler, Snapshot, SnapshotHead, Wanted};
+use super::snapshot::{Snapshot, SnapshotHead};
+use super::snapshot_columns::{SnapshotPart, Wanted};
+use super::snapshot_parts::{Assembler, HEAD_LEN, Taken};
 use super::stack_table::StackTable;
 use super::trailer::Trailer;
 use super::{v1, v2, v3};
@@ -180,15 +182,15 @@ impl CaptureReader {
         self.assembler.want(wanted);
     }
 
-    /// Has a snapshot come as one [`Record::Snapshot`] for each of its parts, so that it need not be held as a whole.
-    /// Whether a snapshot is whole is then known at its last part only ([`ends_snapshot`](Self::ends_snapshot)).
+    /// Has a snapshot come as one [`Record::Snapshot`] for each of its parts ([`part`](Self::part)), so that it need not be held as a
+    /// whole. Whether it is whole is then known at its last part only.
     pub fn give_parts(&mut self) {
         self.assembler.give_parts();
     }
 
-    /// Whether the last record was a snapshot's last part.
-    pub fn ends_snapshot(&self) -> bool {
-        self.assembler.is_at_end()
+    /// The part that the last record told of, where snapshots come in parts.
+    pub fn part(&self) -> &SnapshotPart {
+        self.assembler.part()
     }
 
     /// The gauges that the last record told of.
@@ -329,7 +331,9 @@ impl CaptureReader {
         if !matches!(chunk.kind, kind::EVENTS | kind::TRAILER | kind::SNAPSHOT | kind::GAUGES) {
             return;
         }
-        if let Err(why) = chunk.unpack(&self.stored, &mut self.raw) {
+        if chunk.kind == kind::SNAPSHOT && !self.assembler.wants_rows() {
+            chunk.unpack_start(&self.stored, HEAD_LEN, &mut self.raw);
+        } else if let Err(why) = chunk.unpack(&self.stored, &mut self.raw) {
             self.lose(self.chunk_offset, 1, possible_bytes(&chunk), why);
             return;
         }
@@ -340,9 +344,10 @@ impl CaptureReader {
             }
             kind::TRAILER => self.enter_trailer(),
             kind::SNAPSHOT => match self.assembler.take(&self.raw, self.tables.stack_count()) {
-                Ok(None) => {}
-                Ok(whole) => {
-                    self.snapshot = whole;
+                Ok(Taken::More) => {}
+                Ok(Taken::Part) => self.waiting = Some(Record::Snapshot),
+                Ok(Taken::Whole(snapshot)) => {
+                    self.snapshot = Some(snapshot);
                     self.waiting = Some(Record::Snapshot);
                 }
                 Err(why) => self.lose(self.chunk_offset, 1, 0, why),

@@ -1,13 +1,15 @@
 //! [`Snapshot`]: what was live at one moment, by site, and what came and went since the one before.
 //!
-//! A snapshot is kept in chunks of its own kind, each a part with some of its rows in columns (see
-//! [`format`](mod@super::format)). Sums are exact; variances are rounded to a hundredth, which no error that is shown has
-//! digits for. Knows bytes and columns; who takes snapshots, and when, is the recorder's business.
+//! A snapshot is kept in chunks of its own kind, each a part with some of its rows (see [`format`](mod@super::format)); how these
+//! are bytes is `snapshot_columns`' business. Sums are exact; variances are rounded to a hundredth, which no error that is
+//! shown has digits for. Who takes snapshots, and when, is the recorder's business.
 
 use super::allocator::AllocatorKind;
 use super::record::StackId;
+use super::site::Site;
+use super::snapshot_columns::put_rows;
 use super::totals::Totals;
-use super::varint::{Cursor, put, unzigzag, zigzag};
+use super::varint::{Cursor, put};
 
 /// Upper ends of the ages that live blocks are counted by, in seconds; the last class has no end.
 pub const AGE_LIMITS: [u64; 11] = [1, 5, 15, 60, 300, 900, 3_600, 14_400, 43_200, 86_400, 345_600];
@@ -112,8 +114,9 @@ pub struct SiteState {
 }
 
 impl SiteState {
-    fn site(&self) -> (StackId, AllocatorKind, u32) {
-        (self.stack, self.allocator, self.tid)
+    /// Whose it is.
+    pub fn site(&self) -> Site {
+        Site { stack: self.stack, allocator: self.allocator, tid: self.tid }
     }
 
     fn add(&mut self, other: &Self) {
@@ -207,170 +210,6 @@ pub(super) fn part_of(raw: &[u8]) -> Option<(u32, u64)> {
         *number = cursor.varint()?;
     }
     Some((u32::try_from(numbers[0]).ok()?, numbers[5]))
-}
-
-fn put_rows(buf: &mut Vec<u8>, rows: &[SiteState]) {
-    rows.iter().for_each(|row| put(buf, u64::from(row.allocator.id())));
-    for of in FIGURES {
-        let numbers: Vec<_> = rows.iter().map(|row| of(row).to_numbers()).collect();
-        for at in 0..Totals::default().to_numbers().len() {
-            numbers.iter().for_each(|numbers| put(buf, numbers[at]));
-        }
-    }
-    for class in 0..AGES {
-        rows.iter().for_each(|row| put(buf, row.ages[class].bytes));
-        rows.iter().for_each(|row| put(buf, row.ages[class].blocks));
-    }
-    // What is told by its difference to the row before.
-    let numbers: [fn(&SiteState) -> i64; 2] = [|row| i64::from(row.stack.0), |row| i64::from(row.tid)];
-    for of in numbers {
-        let mut last = 0;
-        for row in rows {
-            put(buf, zigzag(of(row) - last));
-            last = of(row);
-        }
-    }
-}
-
-const FIGURES: [fn(&SiteState) -> Totals; 3] = [|row| row.live, |row| row.allocated, |row| row.freed];
-const FIGURES_MUT: [fn(&mut SiteState) -> &mut Totals; 3] =
-    [|row| &mut row.live, |row| &mut row.allocated, |row| &mut row.freed];
-
-type Broken = &'static str;
-const ENDED: Broken = "a part of a snapshot ends too early, or a number in it is too large";
-
-/// What of the rows is wanted. What is not, is 0 in them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Wanted {
-    /// What is live.
-    pub live: bool,
-    /// What came and went.
-    pub flows: bool,
-    /// Ages.
-    pub ages: bool,
-}
-
-impl Wanted {
-    /// Everything.
-    pub const ALL: Self = Self { live: true, flows: true, ages: true };
-    /// Not even rows.
-    pub const NOTHING: Self = Self { live: false, flows: false, ages: false };
-}
-
-/// Puts snapshots together from their parts.
-pub(super) struct Assembler {
-    open: Option<(Snapshot, u64, u64)>,
-    wanted: Wanted,
-    in_parts: bool,
-}
-
-impl Default for Assembler {
-    fn default() -> Self {
-        Self { open: None, wanted: Wanted::ALL, in_parts: false }
-    }
-}
-
-impl Assembler {
-    /// What rows have from now on.
-    pub(super) fn want(&mut self, wanted: Wanted) {
-        self.wanted = wanted;
-    }
-
-    /// From now on [`take`](Self::take) gives each part by itself.
-    pub(super) fn give_parts(&mut self) {
-        self.in_parts = true;
-    }
-
-    /// Whether what [`take`](Self::take) gave last was the last part of its snapshot.
-    pub(super) fn is_at_end(&self) -> bool {
-        self.open.is_none()
-    }
-
-    /// Takes the next part, which may use stacks up to `stacks`. The snapshot, once it is whole. A part that does not go on where
-    /// the last one ended begins a new snapshot or is an error; what was open then is lost.
-    pub(super) fn take(&mut self, raw: &[u8], stacks: usize) -> Result<Option<Snapshot>, Broken> {
-        let mut cursor = Cursor::new(raw, 0);
-        let mut number = || cursor.varint().ok_or(ENDED);
-        let index = u32::try_from(number()?).map_err(|_| ENDED)?;
-        let (time_ns, unix_ns) = (number()?, number()?);
-        let reason = SnapshotReason::from_id(u8::try_from(number()?).map_err(|_| ENDED)?);
-        let (part, parts, count) = (number()?, number()?, number()?);
-        let head = SnapshotHead { index, time_ns, unix_ns, reason };
-        let most = (MOST_ROWS / ROWS_PER_PART) as u64;
-        let open = self.open.take();
-        if part >= parts || parts > most || count > ROWS_PER_PART as u64 {
-            return Err("a part of a snapshot has impossible numbers");
-        }
-        let rows = match self.wanted {
-            Wanted::NOTHING => Vec::new(),
-            wanted => rows(&mut cursor, count as usize, stacks, wanted)?,
-        };
-        let open = open.filter(|(snapshot, next, of)| snapshot.head == head && (*next, *of) == (part, parts));
-        let mut snapshot = match open {
-            Some((snapshot, ..)) => snapshot,
-            None if part == 0 => Snapshot { head, rows: Vec::new() },
-            None => return Err("a part of a snapshot comes without those before it"),
-        };
-        let is_last = part + 1 == parts;
-        if self.in_parts {
-            self.open = (!is_last).then_some((snapshot, part + 1, parts));
-            return Ok(Some(Snapshot { head, rows }));
-        }
-        snapshot.rows.extend(rows);
-        if is_last {
-            return Ok(Some(snapshot));
-        }
-        self.open = Some((snapshot, part + 1, parts));
-        Ok(None)
-    }
-}
-
-fn rows(cursor: &mut Cursor, count: usize, stacks: usize, wanted: Wanted) -> Result<Vec<SiteState>, Broken> {
-    let mut rows = vec![SiteState::default(); count];
-    for row in &mut rows {
-        let id = cursor.varint().and_then(|id| u8::try_from(id).ok()).ok_or(ENDED)?;
-        row.allocator = AllocatorKind::from_id(id).ok_or("a row of a snapshot has an unknown allocator")?;
-    }
-    let numbers_of = Totals::default().to_numbers();
-    let mut columns = vec![numbers_of; count];
-    for (of, is_wanted) in FIGURES_MUT.into_iter().zip([wanted.live, wanted.flows, wanted.flows]) {
-        if !is_wanted {
-            cursor.skip(numbers_of.len() * count).ok_or(ENDED)?;
-            continue;
-        }
-        for at in 0..numbers_of.len() {
-            for numbers in &mut columns {
-                numbers[at] = cursor.varint().ok_or(ENDED)?;
-            }
-        }
-        for (row, numbers) in rows.iter_mut().zip(&columns) {
-            *of(row) = Totals::from_numbers(*numbers);
-        }
-    }
-    if wanted.ages {
-        for class in 0..AGES {
-            for row in &mut rows {
-                row.ages[class].bytes = cursor.varint().ok_or(ENDED)?;
-            }
-            for row in &mut rows {
-                row.ages[class].blocks = cursor.varint().ok_or(ENDED)?;
-            }
-        }
-    } else {
-        cursor.skip(2 * AGES * count).ok_or(ENDED)?;
-    }
-    let mut last = 0_i64;
-    for row in &mut rows {
-        last = last.wrapping_add(unzigzag(cursor.varint().ok_or(ENDED)?));
-        let known = u32::try_from(last).ok().filter(|stack| *stack as usize <= stacks);
-        row.stack = StackId(known.ok_or("a row of a snapshot has a stack that was not defined")?);
-    }
-    last = 0;
-    for row in &mut rows {
-        last = last.wrapping_add(unzigzag(cursor.varint().ok_or(ENDED)?));
-        row.tid = u32::try_from(last).map_err(|_| ENDED)?;
-    }
-    Ok(rows)
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! Snapshots there and back, and what is no snapshot.
 
 use super::*;
+use crate::capture::snapshot_columns::Wanted;
+use crate::capture::snapshot_parts::{Assembler, Taken};
 use proptest::prelude::*;
 
 fn totals() -> impl Strategy<Value = Totals> {
@@ -45,6 +47,15 @@ fn head() -> SnapshotHead {
     SnapshotHead { index: 3, time_ns: 7_000_000_000, unix_ns: 1 << 60, reason: SnapshotReason::Asked }
 }
 
+/// What is left of a figure if it is wanted, and if its blocks are.
+fn only(totals: Totals, wanted: bool, counts: bool) -> Totals {
+    let mut numbers = if wanted { totals.to_numbers() } else { [0; 9] };
+    if !counts {
+        [1, 4, 7, 8].into_iter().for_each(|of_blocks| numbers[of_blocks] = 0);
+    }
+    Totals::from_numbers(numbers)
+}
+
 proptest! {
     #[test]
     fn a_snapshot_goes_there_and_back(rows in prop::collection::vec(row(), 0..40)) {
@@ -52,7 +63,30 @@ proptest! {
         let mut assembler = Assembler::default();
         let parts = parts(&snapshot);
         prop_assert_eq!(parts.len(), 1);
-        prop_assert_eq!(assembler.take(&parts[0], 50), Ok(Some(snapshot)));
+        prop_assert_eq!(assembler.take(&parts[0], 50), Ok(Taken::Whole(snapshot)));
+    }
+
+    #[test]
+    fn a_part_has_what_is_wanted_of_the_rows(rows in prop::collection::vec(row(), 1..40), live: bool, flows: bool, ages: bool, counts: bool) {
+        let snapshot = Snapshot { head: head(), rows };
+        let wanted = Wanted { live, flows, ages, counts };
+        let mut assembler = Assembler::default();
+        assembler.give_parts();
+        // Nothing of a part before may show.
+        prop_assert_eq!(assembler.take(&parts(&snapshot)[0], 50), Ok(Taken::Part));
+        prop_assert_eq!(assembler.part().rows().collect::<Vec<_>>(), snapshot.rows.clone());
+        assembler.want(wanted);
+        prop_assert_eq!(assembler.take(&parts(&snapshot)[0], 50), Ok(Taken::Part));
+        let expected = snapshot.rows.iter().map(|row| SiteState {
+            live: only(row.live, live, counts),
+            allocated: only(row.allocated, flows, counts),
+            freed: only(row.freed, flows, counts),
+            ages: if ages { row.ages } else { [Age::default(); AGES] },
+            ..row.clone()
+        });
+        let expected = if !wanted.any() { Vec::new() } else { expected.collect::<Vec<_>>() };
+        prop_assert_eq!(assembler.part().rows().collect::<Vec<_>>(), expected);
+        prop_assert!(assembler.part().is_last && assembler.part().head == snapshot.head);
     }
 
     #[test]
@@ -76,11 +110,12 @@ fn a_large_snapshot_has_parts_and_each_fits_a_chunk() {
     let parts = parts(&snapshot);
     assert!(parts.len() == 3 && parts.iter().all(|part| part.len() <= crate::capture::format::MAX_RAW_LEN));
     let mut assembler = Assembler::default();
-    assert_eq!(assembler.take(&parts[0], 0), Ok(None));
-    assert_eq!(assembler.take(&parts[1], 0), Ok(None));
-    assert_eq!(assembler.take(&parts[2], 0).unwrap().map(|s| s.rows.len()), Some(2 * ROWS_PER_PART + 1));
+    assert_eq!(assembler.take(&parts[0], 0), Ok(Taken::More));
+    assert_eq!(assembler.take(&parts[1], 0), Ok(Taken::More));
+    let Ok(Taken::Whole(whole)) = assembler.take(&parts[2], 0) else { panic!("not whole") };
+    assert_eq!(whole.rows.len(), 2 * ROWS_PER_PART + 1);
     // The second part was lost: the third says nothing.
-    assert_eq!(assembler.take(&parts[0], 0), Ok(None));
+    assert_eq!(assembler.take(&parts[0], 0), Ok(Taken::More));
     assert!(assembler.take(&parts[2], 0).is_err());
 }
 

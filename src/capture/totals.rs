@@ -84,6 +84,7 @@ impl Totals {
     }
 
     /// Adds, stopping at the largest number: sizes come from a file and may be anything.
+    #[inline]
     pub fn add(&mut self, other: Self) {
         self.certain.add(other.certain);
         if other.sampled.samples > 0 {
@@ -129,15 +130,20 @@ impl Totals {
         self.sampled.bytes_variance.sum
     }
 
-    /// About the part of it that the most uncertain sample has.
-    pub fn largest_bytes_variance(&self) -> f64 {
-        self.sampled.bytes_variance.largest()
+    /// The cube of about the part of it that the most uncertain sample has: there are many of these, and of many the largest is all
+    /// that matters.
+    pub fn cubed_bytes_variance(&self) -> f64 {
+        self.sampled.bytes_variance.cubed()
     }
 
     /// True if neither bytes nor blocks are left.
     pub fn is_empty(&self) -> bool {
         self.certain == Certain::default() && self.sampled.samples == 0
     }
+
+    /// Which of [`to_numbers`](Self::to_numbers) tell of blocks alone.
+    pub(super) const NUMBERS_OF_COUNTS: [bool; 9] =
+        [false, true, false, false, true, false, false, true, true];
 
     /// As numbers of a file: certain bytes and blocks; samples, what they stand for in bytes and blocks (fixed point); and for
     /// each of the two, the variance and the largest part of it, to a hundredth.
@@ -160,11 +166,13 @@ impl Totals {
     /// The inverse of [`to_numbers`](Self::to_numbers), for any numbers.
     pub(super) fn from_numbers(numbers: [u64; 9]) -> Self {
         let [certain_bytes, certain_count, samples, bytes, count, variances @ ..] = numbers;
-        let [bytes_sum, bytes_largest, count_sum, count_largest] = variances.map(from_logarithm);
         let certain = Certain { bytes: certain_bytes, count: certain_count };
         if samples == 0 {
             return Self { certain, sampled: Sampled::default() };
         }
+        let parts = &*PARTS;
+        let [bytes_sum, bytes_largest, count_sum, count_largest] =
+            variances.map(|number| from_logarithm(number, parts));
         let bytes_variance = Variance::from_parts(bytes_sum, bytes_largest);
         let count_variance = Variance::from_parts(count_sum, count_largest);
         Self { certain, sampled: Sampled { samples, bytes, count, bytes_variance, count_variance } }
@@ -213,7 +221,7 @@ impl Sampled {
 
 impl Variance {
     fn of(variance: f64) -> Self {
-        Self { sum: variance, cubes: Compensated { sum: variance.powi(3), lost: 0.0 } }
+        Self { sum: variance, cubes: Compensated::cube_of(variance) }
     }
 
     fn add(&mut self, other: Self, sign: f64) {
@@ -224,11 +232,15 @@ impl Variance {
 
     /// About the largest of those added. It is no more than the sum, whatever rounding may have left.
     fn largest(&self) -> f64 {
-        (self.cubes.sum + self.cubes.lost).cbrt().clamp(0.0, self.sum)
+        self.cubed().cbrt().clamp(0.0, self.sum)
+    }
+
+    fn cubed(&self) -> f64 {
+        (self.cubes.sum + self.cubes.lost).max(0.0)
     }
 
     fn from_parts(sum: f64, largest: f64) -> Self {
-        Self { sum, cubes: Compensated { sum: largest.min(sum).powi(3), lost: 0.0 } }
+        Self { sum, cubes: Compensated::cube_of(largest.min(sum)) }
     }
 
     fn error(&self) -> f64 {
@@ -237,6 +249,10 @@ impl Variance {
 }
 
 impl Compensated {
+    fn cube_of(variance: f64) -> Self {
+        Self { sum: variance * variance * variance, lost: 0.0 }
+    }
+
     fn add(&mut self, term: f64) {
         let sum = self.sum + term;
         // Of two numbers the smaller one loses its last digits.
@@ -256,13 +272,13 @@ fn to_logarithm(value: f64) -> u64 {
     if value > 0.0 { ((value.log2() + LOGARITHM_ZERO) * LOGARITHM_STEPS).round().max(1.0) as u64 } else { 0 }
 }
 
-fn from_logarithm(number: u64) -> f64 {
+fn from_logarithm(number: u64, parts: &[f64; 64]) -> f64 {
     if number == 0 {
         return 0.0;
     }
     // No sum of variances comes near the bound; its cube is a number still.
     let doublings = (number / 64).min(LARGEST_DOUBLINGS);
-    let part = if doublings < LARGEST_DOUBLINGS { PARTS[(number % 64) as usize] } else { 1.0 };
+    let part = if doublings < LARGEST_DOUBLINGS { parts[(number % 64) as usize] } else { 1.0 };
     // 2 to the power of the doublings, less those of the zero: a snapshot has millions of these.
     part * f64::from_bits((1023 - LOGARITHM_ZERO as u64 + doublings) << 52)
 }

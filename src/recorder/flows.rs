@@ -3,8 +3,8 @@
 //! Knows sites and sums; when a snapshot is taken is [`super::snapshots`]' business, and whether it was written the ledger's.
 
 use crate::capture::{
-    AGES, Age, Allocation, AllocatorKind, BYTES_FRACTION, Block, COUNT_FRACTION, LiveSet, Part, SiteState,
-    StackId, Totals, Weight, age_class,
+    AGES, Age, Allocation, BYTES_FRACTION, Block, COUNT_FRACTION, LiveSet, Part, Site, SiteState, Totals,
+    Weight, age_class,
 };
 use foldhash::fast::RandomState;
 use std::collections::{HashMap, HashSet};
@@ -15,8 +15,6 @@ const MANY_SITES: usize = 1 << 16;
 const MANY_ENDED: usize = 256;
 /// Stands for threads that are not told apart.
 const ANY_THREAD: u32 = 0;
-
-type Site = (StackId, AllocatorKind, u32);
 
 #[derive(Clone, Copy, Default)]
 struct Flow {
@@ -51,19 +49,19 @@ impl Flows {
         } else {
             Totals::one(event.size, event.interval)
         };
-        self.flow((event.stack, event.allocator, event.tid)).allocated.add(one);
+        self.flow(Site::of(event)).allocated.add(one);
     }
 
     /// A block was given back.
     pub fn freed(&mut self, block: &Block) {
-        self.flow(site(block)).freed.add(Totals::one(block.size, block.interval));
+        self.flow(block.site()).freed.add(Totals::one(block.size, block.interval));
     }
 
     /// Parts of mappings were given back.
     pub fn unmapped(&mut self, parts: &[Part]) {
         for part in parts {
             let gone = Totals::certain(part.bytes, u64::from(part.ended));
-            self.flow(site(&part.mapping)).freed.add(gone);
+            self.flow(part.mapping.site()).freed.add(gone);
         }
     }
 
@@ -82,7 +80,7 @@ impl Flows {
             (row.allocated, row.freed) = (*allocated, *freed);
         }
         for (block, bytes) in live.iter() {
-            let row = rows.of(site(&block));
+            let row = rows.of(block.site());
             let interval = if block.allocator.is_ranged() { 0 } else { block.interval };
             row.live.add(Totals::one(bytes, interval));
             // In fixed point until all are added.
@@ -118,8 +116,8 @@ impl Flows {
 
     /// Adds up threads, lest the table grow with every one that ever was.
     fn fold(&mut self) {
-        for ((stack, allocator, _), flow) in std::mem::take(&mut self.sites) {
-            let sum = self.sites.entry((stack, allocator, ANY_THREAD)).or_default();
+        for (site, flow) in std::mem::take(&mut self.sites) {
+            let sum = self.sites.entry(Site { tid: ANY_THREAD, ..site }).or_default();
             sum.allocated.add(flow.allocated);
             sum.freed.add(flow.freed);
         }
@@ -139,7 +137,7 @@ impl Rows {
         let next = self.rows.len() as u32;
         let at = *self.at.entry(site).or_insert(next);
         if at == next {
-            let (stack, allocator, tid) = site;
+            let Site { stack, allocator, tid } = site;
             self.rows.push(SiteState {
                 stack,
                 allocator,
@@ -152,10 +150,6 @@ impl Rows {
     }
 }
 
-fn site(block: &Block) -> Site {
-    (block.stack, block.allocator, block.tid)
-}
-
 /// Out of fixed point, to the nearest.
 fn rounded(age: Age) -> Age {
     let nearest = |sum: u64, fraction: u32| sum.saturating_add(1 << (fraction - 1)) >> fraction;
@@ -166,7 +160,7 @@ fn rounded(age: Age) -> Age {
 mod tests {
     use super::*;
     use crate::addr::RemoteAddr;
-    use crate::capture::{Displaced, Snapshot, Unmap};
+    use crate::capture::{AllocatorKind, Displaced, Snapshot, StackId, Unmap};
     use proptest::prelude::*;
 
     const MS: u64 = 1_000_000;

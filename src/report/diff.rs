@@ -6,9 +6,10 @@ use super::figures::{Figures, is_false};
 use super::names::NO_STACK;
 use super::text::{duration, escaped, size, timestamp};
 use super::{ReportError, limited, write_json, write_rest};
-use crate::analysis::{Change, Diff, DiffRow, GroupName, Grouping, Moment, Outline};
+use crate::analysis::{Change, Diff, DiffRow, FrameName, GroupName, Grouping, Moment, Outline};
 use serde::Serialize;
 use std::io::Write;
+use std::sync::Arc;
 
 /// How a diff is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -292,7 +293,7 @@ impl<'a> NameFields<'a> {
             Grouping::Thread => Self::Thread { thread: thread.as_deref() },
             Grouping::Traceback => {
                 let frames = traceback.iter().flatten();
-                let frame = |(function, file, line): &'a (String, String, u32)| FrameFields {
+                let frame = |(function, file, line): &'a FrameName| FrameFields {
                     function,
                     file,
                     line: Some(*line).filter(|line| *line > 0),
@@ -353,7 +354,7 @@ fn name_columns(grouping: Grouping) -> &'static [&'static str] {
 
 /// A cell of CSV. What a terminal would obey is shown as escapes, as everywhere.
 fn name_cell(column: &str, name: &GroupName) -> String {
-    let text = |word: &Option<String>| word.as_deref().map(|word| escaped(word).into_owned());
+    let text = |word: &Option<Arc<str>>| word.as_deref().map(|word| escaped(word).into_owned());
     let cell = match column {
         "function" => text(&name.function),
         "file" => text(&name.file),
