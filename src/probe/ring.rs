@@ -29,8 +29,10 @@ const MAX_RINGS: usize = crate::agent_abi::SLOTS + 1;
 /// The least and the most bytes of a ring: the longest record (a stack) must fit.
 const MIN_RING_LEN: usize = 2 * MAX_DEPTH * 16;
 const MAX_RING_LEN: usize = 1 << 30;
-/// How often the heartbeat is kept.
+/// How often the heartbeat is kept, of which a thread that waits for room learns that nobody makes any.
 const BEAT: Duration = Duration::from_millis(20);
+/// The same where nobody waits: often enough for an agent that takes seconds of silence for death.
+const LAZY_BEAT: Duration = Duration::from_millis(200);
 
 const HEAD: usize = offset_of!(RingControl, head) / 8;
 const DROPPED: usize = offset_of!(RingControl, dropped) / 8;
@@ -231,14 +233,16 @@ impl Rings {
 
     /// Keeps the heartbeat from a thread of its own: a slow disk must not look like a dead controller. It has beaten when this
     /// returns: on a busy machine the thread's first turn may come after the agent's first event, which would find nobody alive.
-    pub fn heart(&self) -> std::io::Result<Heart> {
+    /// `exact`: threads may wait for us.
+    pub fn heart(&self, exact: bool) -> std::io::Result<Heart> {
         self.memory.beat(ticks());
         let memory = Arc::clone(&self.memory);
+        let beat = if exact { BEAT } else { LAZY_BEAT };
         let (stop, stopped) = channel::<()>();
         let thread = std::thread::Builder::new().name("heartbeat".into()).spawn(move || {
             loop {
                 memory.beat(ticks());
-                if stopped.recv_timeout(BEAT) != Err(RecvTimeoutError::Timeout) {
+                if stopped.recv_timeout(beat) != Err(RecvTimeoutError::Timeout) {
                     return;
                 }
             }

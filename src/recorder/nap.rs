@@ -18,10 +18,10 @@ const FIRST_IDLE: Duration = Duration::from_micros(200);
 const LONGEST_IDLE: Duration = Duration::from_millis(5);
 /// The same where the agent samples: nothing can wait for us, and a ring is full after thousands of samples.
 const LONGEST_SAMPLED: Duration = Duration::from_millis(10);
-/// From this interval on samples are so seldom (10 GB/s give 150,000 in a second, and a twentieth of a ring in [`SELDOM`]) that every look
+/// From this interval on samples are so seldom (10 GB/s give 150,000 in a second, and a tenth of a ring in [`SELDOM`]) that every look
 /// may be as late: each of them costs what a hundred samples do.
 const SELDOM_FROM: u64 = 64 << 10;
-const SELDOM: Duration = Duration::from_millis(20);
+const SELDOM: Duration = Duration::from_millis(40);
 /// Looks in vain after which the sleep doubles.
 const IDLE_LOOKS: u32 = 5;
 

@@ -108,7 +108,7 @@ pub fn plant<W>(
     let planted = detached.map_err(RecordError::from).and_then(|()| {
         let rings = Rings::map(&loaded.memfd, settings.ring_count as usize, settings.ring_len as usize)?;
         // The agent switches itself off when nobody beats.
-        let heart = rings.heart().map_err(|source| RecordError::Thread { source })?;
+        let heart = rings.heart(settings.exact).map_err(|source| RecordError::Thread { source })?;
         let writer = writer()?;
         Ok((rings, heart, stop_and_plant(pid, &loaded)?, writer))
     });
