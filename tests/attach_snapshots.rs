@@ -3,6 +3,7 @@
 mod common;
 
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::heaptap::{detach_in_the_end, heaptap_says, report};
@@ -283,4 +284,64 @@ fn threads_that_ended_are_summed_up_and_lose_nothing() {
     assert!(found.last().unwrap().threads < 50, "{}", found.last().unwrap().threads);
     assert!(found[1].threads > 150, "{}", found[1].threads);
     assert_left_no_trace(&before, &mut target);
+}
+
+/// `fixtures/native/set_clock.c`, compiled into `folder`.
+fn set_clock(folder: &Path) -> std::path::PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/native/set_clock.c");
+    let library = folder.join("set_clock.so");
+    let compiled =
+        Command::new("cc").args(["-O1", "-shared", "-fPIC", "-o"]).args([&library, &source]).status();
+    assert!(compiled.expect("cc is needed").success());
+    library
+}
+
+#[test]
+fn setting_the_wall_clock_changes_what_snapshots_say_of_it_and_nothing_else() {
+    const DAY: i64 = 86_400;
+    let mut target = Target::start(&pythons()[0], "libc_blocks.py");
+    let before = Snapshot::take(target.pid());
+    let folder = tempfile::tempdir().unwrap();
+    let (path, offset) = (folder.path().join("c.heaptap"), folder.path().join("offset"));
+    std::fs::write(&offset, "0").unwrap();
+    let mut command = heaptap();
+    command.env("LD_PRELOAD", set_clock(folder.path())).env("CLOCK_OFFSET", &offset);
+    let recording =
+        Recording::try_attach_by(command, target.pid(), &path, &["--snapshot-every", "1s"]).unwrap();
+    for days in [0, 3, -7] {
+        // Written beside and moved there: it is read at any moment.
+        let beside = folder.path().join("beside");
+        std::fs::write(&beside, (days * DAY).to_string()).unwrap();
+        std::fs::rename(&beside, &offset).unwrap();
+        target.go();
+        let known = moments(&path).len();
+        until(&path, |found| found.len() >= known + 3);
+    }
+    recording.stop().assert_code(0);
+    assert_left_no_trace(&before, &mut target);
+    let found = moments(&path);
+    let clock = |moment: &Moment| (moment.unix_ns as i64 - moment.time_ns as i64) / 1_000_000_000;
+    let mut days: Vec<i64> =
+        found.iter().map(|moment| (clock(moment) - clock(&found[0]) + DAY / 2).div_euclid(DAY)).collect();
+    assert!(days.len() >= 9);
+    days.dedup();
+    assert_eq!(days, [0, 3, -7]);
+    for pair in found.windows(2) {
+        let passed = pair[1].time_ns.checked_sub(pair[0].time_ns).expect("time went back");
+        let (least, most) = if pair[1].reason == "tick" { (700, 10_000) } else { (0, 10_000) };
+        assert!(
+            (least..most).contains(&(passed / 1_000_000)),
+            "{passed} ns before snapshot {}",
+            pair[1].index
+        );
+    }
+    // Every moment is found again by the clock that it showed.
+    for moment in [&found[1], &found[found.len() / 2], found.last().unwrap()] {
+        let at =
+            humantime::format_rfc3339_nanos(std::time::UNIX_EPOCH + Duration::from_nanos(moment.unix_ns));
+        let (at, path) = (at.to_string(), path.to_str().unwrap());
+        let said = heaptap_says(0, &["diff", "--json", "--from", "start", "--to", &at, path]);
+        let said: Value = serde_json::from_slice(&said.stdout).unwrap();
+        assert_eq!(said["to"]["snapshot"].as_u64(), Some(moment.index), "{said:#}");
+    }
 }

@@ -128,7 +128,6 @@ impl Outline {
 
     /// The moment that is meant: of a snapshot, the nearest, where there are any.
     pub fn find(&self, when: When) -> Result<Moment, NoSuchMoment> {
-        let start = self.findings.header.start_unix_ns;
         let time_ns = match when {
             When::Start => return Ok(Moment::START),
             When::First => 0,
@@ -136,13 +135,13 @@ impl Outline {
             When::Index(index) => return self.numbered(index),
             When::AfterStart(ns) => ns,
             When::BeforeEnd(ns) => self.end_ns.saturating_sub(ns),
-            When::Unix(unix_ns) => self.within(i128::from(unix_ns) - i128::from(start))?,
+            When::Unix(unix_ns) => return self.at_clock(unix_ns),
             When::OfDay(ns) => {
-                let days = start / DAY..=start.saturating_add(self.end_ns) / DAY;
-                let since = days.map(|day| i128::from(day * DAY) + i128::from(ns) - i128::from(start));
-                let mut since: Vec<i128> = since.collect();
-                since.sort_by_key(|since| self.distance(*since));
-                self.within(since.first().copied().unwrap_or(-1))?
+                let (first, last) = self.clock();
+                let days = first / DAY..=last / DAY;
+                let nearest =
+                    days.map(|day| (day * DAY).saturating_add(ns)).min_by_key(|at| self.distance(*at));
+                return self.at_clock(nearest.unwrap_or(first));
             }
         };
         let near = |(_, head): &(usize, &SnapshotHead)| head.time_ns.abs_diff(time_ns);
@@ -175,18 +174,40 @@ impl Outline {
         }
     }
 
-    /// How far a time is outside the recording.
-    fn distance(&self, since_start: i128) -> u64 {
-        let after = since_start - i128::from(self.end_ns);
-        u64::try_from((-since_start).max(after).max(0)).unwrap_or(u64::MAX)
-    }
-
-    fn within(&self, since_start: i128) -> Result<u64, NoSuchMoment> {
-        if self.distance(since_start) > NEAR {
-            let start_unix_ns = self.findings.header.start_unix_ns;
-            let (capture, end_unix_ns) = (self.path.clone(), self.end_unix_ns());
+    /// The moment at which the wall clock stood so: of a snapshot by what it read, for the clock may have been set meanwhile.
+    fn at_clock(&self, unix_ns: u64) -> Result<Moment, NoSuchMoment> {
+        if self.distance(unix_ns) > NEAR {
+            let (capture, (start_unix_ns, end_unix_ns)) = (self.path.clone(), self.clock());
             return Err(NoSuchMoment::Outside { capture, start_unix_ns, end_unix_ns });
         }
-        Ok(u64::try_from(since_start.max(0)).unwrap_or(u64::MAX).min(self.end_ns))
+        let near = |place: &usize| self.clock_of(&self.snapshots[*place]).abs_diff(unix_ns);
+        Ok(match (0..self.snapshots.len()).min_by_key(near) {
+            Some(place) => self.at(place),
+            None => {
+                let since = unix_ns.saturating_sub(self.findings.header.start_unix_ns);
+                Moment { time_ns: since.min(self.end_ns), place: None }
+            }
+        })
+    }
+
+    /// What the wall clock was at a snapshot: read then, else (an older heaptap's) reckoned from the start.
+    pub fn clock_of(&self, head: &SnapshotHead) -> u64 {
+        match head.unix_ns {
+            0 => self.findings.header.start_unix_ns.saturating_add(head.time_ns),
+            read => read,
+        }
+    }
+
+    /// From when to when the wall clock went.
+    fn clock(&self) -> (u64, u64) {
+        let start = self.findings.header.start_unix_ns;
+        let read = || self.snapshots.iter().map(|head| self.clock_of(head));
+        (read().fold(start, u64::min), read().fold(self.end_unix_ns(), u64::max))
+    }
+
+    /// How far a time is outside the recording.
+    fn distance(&self, unix_ns: u64) -> u64 {
+        let (first, last) = self.clock();
+        first.saturating_sub(unix_ns).max(unix_ns.saturating_sub(last))
     }
 }

@@ -263,8 +263,8 @@ impl MomentFields {
 
 /// The wall clock at a moment: a snapshot has read it, else it is reckoned from the start.
 fn unix_ns(outline: &Outline, moment: Moment) -> u64 {
-    let read = moment.place.map(|place| outline.snapshots[place].unix_ns).filter(|ns| *ns > 0);
-    read.unwrap_or(outline.findings.header.start_unix_ns.saturating_add(moment.time_ns))
+    let reckoned = outline.findings.header.start_unix_ns.saturating_add(moment.time_ns);
+    moment.place.map_or(reckoned, |place| outline.clock_of(&outline.snapshots[place]))
 }
 
 /// `snapshot 17 (tick), 12 min 5 s after the start, 2026-11-21T07:49:43Z`.

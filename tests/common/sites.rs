@@ -15,6 +15,9 @@ pub type Sum = (u64, u64);
 pub struct Moment {
     /// Its index.
     pub index: u64,
+    /// When: since the start of recording, and by the wall clock.
+    pub time_ns: u64,
+    pub unix_ns: u64,
     /// Why it was taken.
     pub reason: String,
     /// By innermost function and line: live, allocated, freed.
@@ -40,7 +43,12 @@ pub fn moments(path: &Path) -> Vec<Moment> {
             }
             "stack" => drop(stacks.insert(number("id"), number("frame"))),
             "snapshot" => {
-                let mut moment = Moment { index: number("index"), ..Moment::default() };
+                let mut moment = Moment {
+                    index: number("index"),
+                    time_ns: number("ns"),
+                    unix_ns: number("unix_ns"),
+                    ..Moment::default()
+                };
                 moment.reason = record["reason"].as_str().unwrap().into();
                 let rows = record["sites"].as_array().unwrap();
                 moment.threads = rows.iter().map(|row| row["tid"].as_u64()).collect::<HashSet<_>>().len();
