@@ -16,6 +16,9 @@ pub struct RawFrame {
     pub code: RemoteAddr,
     /// Byte offset of the instruction being executed; negative if not started, [`RawFrame::NO_LASTI`] if unknown.
     pub lasti: i32,
+    /// A call of the interpreter's C loop began with it: what called it is C code, or the frame before it in another call. False, too,
+    /// where that is not known.
+    pub entry: bool,
 }
 
 impl RawFrame {
@@ -62,7 +65,15 @@ pub enum WalkError {
 struct Link {
     /// `None` for a frame that runs no Python code.
     frame: Option<RawFrame>,
+    /// It stands for a call of the interpreter's loop (3.12+).
+    is_shim: bool,
     previous: RemoteAddr,
+}
+
+impl Link {
+    fn to(previous: RemoteAddr) -> Self {
+        Self { frame: None, is_shim: false, previous }
+    }
 }
 
 /// Appends the frames of `tstate` to `out`, innermost first, at most `max_depth`.
@@ -89,6 +100,11 @@ pub fn walk(
             out.push(frame);
         }
         at = link.previous;
+        if (link.is_shim || at.is_null())
+            && let Some(entry) = out[from..].last_mut()
+        {
+            entry.entry = true;
+        }
         links += 1;
         if !at.is_null() && at == mark {
             return Err(WalkError::Loop { tstate, at, depth: out.len() - from });
@@ -126,7 +142,7 @@ fn read_link(memory: &dyn RemoteMemory, layout: &Layout, at: RemoteAddr) -> Resu
 /// `PyFrameObject` (to 3.10).
 fn frame_object(memory: &dyn RemoteMemory, layout: &Layout, at: RemoteAddr) -> Result<Link, ReadError> {
     let Some(fields) = &layout.frame_object else {
-        return Ok(Link { frame: None, previous: RemoteAddr::NULL });
+        return Ok(Link::to(RemoteAddr::NULL));
     };
     let mut bytes = [0; 512];
     let len = (fields.f_lasti + 4).max(fields.f_code + 8).max(fields.f_back + 8) as usize;
@@ -136,13 +152,14 @@ fn frame_object(memory: &dyn RemoteMemory, layout: &Layout, at: RemoteAddr) -> R
     let unit = layout.meaning.lasti_unit.unwrap_or(1) as i32;
     let lasti = (field(fields.f_lasti, 4) as u32 as i32).checked_mul(unit).unwrap_or(RawFrame::NO_LASTI);
     let code = RemoteAddr(field(fields.f_code, 8));
-    Ok(Link { frame: Some(RawFrame { code, lasti }), previous: RemoteAddr(field(fields.f_back, 8)) })
+    let frame = Some(RawFrame { code, lasti, entry: true });
+    Ok(Link { frame, ..Link::to(RemoteAddr(field(fields.f_back, 8))) })
 }
 
 /// `_PyInterpreterFrame` (3.11+).
 fn interpreter_frame(memory: &dyn RemoteMemory, layout: &Layout, at: RemoteAddr) -> Result<Link, ReadError> {
     let Some(fields) = &layout.interpreter_frame else {
-        return Ok(Link { frame: None, previous: RemoteAddr::NULL });
+        return Ok(Link::to(RemoteAddr::NULL));
     };
     let mut bytes = [0; 512];
     let bytes = &mut bytes[..(fields.size as usize).min(512)];
@@ -151,14 +168,14 @@ fn interpreter_frame(memory: &dyn RemoteMemory, layout: &Layout, at: RemoteAddr)
     let previous = RemoteAddr(field(fields.previous, 8));
     let owner = field(fields.owner, 1) as u8;
     if layout.meaning.shim_owner.is_some_and(|shim| owner >= shim) {
-        return Ok(Link { frame: None, previous });
+        return Ok(Link { is_shim: true, ..Link::to(previous) });
     }
     let mut code = RemoteAddr(field(fields.executable, 8));
     if layout.meaning.stack_refs == StackRefs::Tagged {
         code = RemoteAddr(code.0 & !7);
     }
     if code.is_null() {
-        return Ok(Link { frame: None, previous });
+        return Ok(Link::to(previous));
     }
     // Free-threaded 3.14+: each thread may run a copy of the bytecode (`_PyCode_GetTLBCArray`): {size, pointers…}.
     let start = match (layout.code_object.co_tlbc, fields.tlbc_index) {
@@ -173,7 +190,8 @@ fn interpreter_frame(memory: &dyn RemoteMemory, layout: &Layout, at: RemoteAddr)
     let lasti = RemoteAddr(field(fields.instr_ptr, 8)).since(start) as i64;
     // One unit before the start: pushed, nothing executed (3.11, 3.12).
     let lasti = if (-2..1 << 30).contains(&lasti) { lasti as i32 } else { RawFrame::NO_LASTI };
-    Ok(Link { frame: Some(RawFrame { code, lasti }), previous })
+    let entry = fields.is_entry.is_some_and(|at| field(at, 1) != 0);
+    Ok(Link { frame: Some(RawFrame { code, lasti, entry }), ..Link::to(previous) })
 }
 
 #[cfg(test)]
@@ -216,8 +234,11 @@ mod tests {
         let mut frames = Vec::new();
         let end = walk(&memory, &layout, RemoteAddr(0x1000), &mut frames, 100).unwrap();
         assert_eq!(end, Walk { frames: 3, truncated: false });
-        let expected =
-            [(0x9000, 0), (0x9001, 2), (0x9002, 4)].map(|(c, lasti)| RawFrame { code: RemoteAddr(c), lasti });
+        let expected = [(0x9000, 0), (0x9001, 2), (0x9002, 4)].map(|(c, lasti)| RawFrame {
+            code: RemoteAddr(c),
+            lasti,
+            entry: true,
+        });
         assert_eq!(frames, expected);
         frames.clear();
         let end = walk(&memory, &layout, RemoteAddr(0x1000), &mut frames, 2).unwrap();

@@ -61,6 +61,7 @@ const FIELDS: &[(&str, &[(&str, u64)])] = &[
             ("executable", 8),
             ("instr_ptr", 8),
             ("owner", 1),
+            ("is_entry", 1),
             ("tlbc_index", 4),
             ("localsplus", 8),
         ],

@@ -6,9 +6,10 @@ use crate::cpython::version::{Flavour, PythonVersion};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
-/// The only schema there is.
-const SCHEMA: u64 = 2;
+/// The schemas that are read. 2 had no `interpreter_frame.is_entry`.
+const SCHEMAS: RangeInclusive<u64> = 2..=3;
 
 /// What to do with a patch release that was not measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -88,8 +89,12 @@ impl LayoutFile {
     pub fn parse(name: &str, text: &str) -> Result<Self, LayoutError> {
         let wrong = |what: String| LayoutError::File { file: name.to_owned(), what };
         let raw: Raw = toml::from_str(text).map_err(|e| wrong(e.to_string()))?;
-        if raw.schema != SCHEMA {
-            return Err(wrong(format!("schema {} is not known (this build reads {SCHEMA})", raw.schema)));
+        if !SCHEMAS.contains(&raw.schema) {
+            let (first, last) = (SCHEMAS.start(), SCHEMAS.end());
+            return Err(wrong(format!(
+                "schema {} is not known (this build reads {first} to {last})",
+                raw.schema
+            )));
         }
         let patches = raw
             .patches
@@ -226,7 +231,7 @@ mod tests {
     #[test]
     fn wrong_files_are_errors_that_say_what() {
         let cases = [
-            (with("schema = 2", "schema = 3"), "schema 3"),
+            (with("schema = 3", "schema = 4"), "schema 4"),
             (with("patches = \"", "patches = \"x"), "FIRST..=LAST"),
             (with("thread_id = 152", "thread_id = -152"), "-152"),
             (with("thread_id = 152", "thread_id = 152\nthread_id = 152"), "duplicate"),

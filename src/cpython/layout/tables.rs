@@ -128,6 +128,8 @@ table! {
         instr_ptr: u64,
         /// One byte: who owns the frame.
         owner: u64,
+        /// One byte: a call of the interpreter's loop began with it (3.11).
+        is_entry: Option<u64>,
         /// `u32`: which copy of the bytecode runs (free-threaded 3.14+).
         tlbc_index: Option<u64>,
     }
