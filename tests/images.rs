@@ -162,7 +162,7 @@ fn a_python_started_through_the_linker_is_read() {
         .unwrap();
     let mut byte = [0; 3];
     let up = child.stdout.as_mut().unwrap().read_exact(&mut byte);
-    let look = heaptap::recorder::look::inspect(child.id() as i32, false);
+    let look = heaptap::recorder::look::inspect(child.id() as i32, heaptap::recorder::look::Manner::Stopped);
     child.kill().unwrap();
     child.wait().unwrap();
     up.unwrap();

@@ -1,7 +1,8 @@
 //! `heaptap stacks`: prints one look at the Python stack of every thread.
 
 use crate::error::Error;
-use crate::recorder::look::{Look, MAX_DEPTH, inspect};
+use crate::recorder::look::{FrameLook, Look, MAX_DEPTH, Manner, inspect};
+use crate::recorder::look_native::{MergedLook, NativeFrame, NativeLook};
 use crate::report::ReportError;
 use crate::report::text::escaped as printable;
 use std::io::{self, Write};
@@ -13,6 +14,7 @@ The process is stopped while it is looked at, some milliseconds. Nothing is writ
 
 Examples:
   heaptap stacks --pid 4242
+  heaptap stacks --pid 4242 --native --hide-interpreter
   heaptap stacks --pid 4242 --json | jq '.threads[].name'")]
 pub struct Args {
     /// The process to look at
@@ -21,6 +23,12 @@ pub struct Args {
     /// Don't stop it: read each thread until two readings agree
     #[arg(long)]
     pub nonblocking: bool,
+    /// Show C frames, too, with the Python ones in their places
+    #[arg(long, conflicts_with = "nonblocking")]
+    pub native: bool,
+    /// Leave out C frames of Python itself
+    #[arg(long, requires = "native")]
+    pub hide_interpreter: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -28,7 +36,15 @@ pub struct Args {
 
 /// Does what `args` say.
 pub fn run(args: &Args) -> Result<(), Error> {
-    let look = inspect(args.pid, args.nonblocking)?;
+    let manner = match (args.nonblocking, args.native) {
+        (true, _) => Manner::Running,
+        (_, true) => Manner::Native,
+        _ => Manner::Stopped,
+    };
+    let mut look = inspect(args.pid, manner)?;
+    if args.hide_interpreter {
+        look.threads.iter_mut().filter_map(|thread| thread.native.as_mut()).for_each(hide_interpreter);
+    }
     let mut out = io::stdout().lock();
     let printed = if args.json {
         serde_json::to_writer_pretty(&mut out, &look).map_err(io::Error::from).and_then(|()| writeln!(out))
@@ -59,15 +75,59 @@ fn print(out: &mut impl Write, look: &Look) -> io::Result<()> {
             (true, false) => {}
         }
         writeln!(out, "{}", if thread.moving { " (moved while it was read)" } else { "" })?;
-        for frame in &thread.frames {
-            let line = frame.line.map_or_else(|| "?".to_owned(), |line| line.to_string());
-            writeln!(out, "    {} ({}:{line})", printable(&frame.function), printable(&frame.file))?;
+        match &thread.native {
+            Some(native) => print_native(out, native)?,
+            None => thread.frames.iter().try_for_each(|frame| print_frame(out, frame))?,
         }
         if thread.truncated {
             writeln!(out, "    … more than {MAX_DEPTH} frames")?;
         }
     }
     Ok(())
+}
+
+fn print_frame(out: &mut impl Write, frame: &FrameLook) -> io::Result<()> {
+    let line = frame.line.map_or_else(|| "?".to_owned(), |line| line.to_string());
+    writeln!(out, "    {} ({}:{line})", printable(&frame.function), printable(&frame.file))
+}
+
+fn print_native(out: &mut impl Write, native: &NativeLook) -> io::Result<()> {
+    for frame in &native.frames {
+        match frame {
+            MergedLook::Python(frame) => print_frame(out, frame)?,
+            MergedLook::Native(frame) => writeln!(out, "    {}", native_text(frame))?,
+        }
+    }
+    if native.guessed > 0 {
+        writeln!(
+            out,
+            "    (no unwind data: {} of the frames are found by frame pointers, some may be missing)",
+            native.guessed
+        )?;
+    }
+    if native.cut {
+        writeln!(out, "    … cut short: the code does not tell who called it")?;
+    }
+    Ok(())
+}
+
+/// `malloc [libc.so.6]`, `spin at solver.c:17 [_solver.so]`.
+fn native_text(frame: &NativeFrame) -> String {
+    let address = format!("{:#x}", frame.address);
+    let function = frame.function.as_deref().unwrap_or(&address);
+    let mut text = printable(function).into_owned();
+    if let Some(file) = &frame.file {
+        let name = file.rsplit('/').next().unwrap_or(file);
+        text += &format!(" at {}", printable(name));
+        text += &frame.line.map(|line| format!(":{line}")).unwrap_or_default();
+    }
+    let module = frame.module.as_deref().map(|path| path.rsplit('/').next().unwrap_or(path));
+    let inlined = if frame.inlined { ", inlined" } else { "" };
+    text + &format!(" [{}{inlined}]", printable(module.unwrap_or("no file")))
+}
+
+fn hide_interpreter(native: &mut NativeLook) {
+    native.frames.retain(|frame| !matches!(frame, MergedLook::Native(NativeFrame { interpreter: true, .. })));
 }
 
 #[cfg(test)]
@@ -85,6 +145,7 @@ mod tests {
             moving: false,
             truncated: false,
             frames: Vec::new(),
+            native: None,
         };
         let look = Look {
             pid: 1,

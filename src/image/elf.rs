@@ -130,6 +130,8 @@ pub struct Section {
     pub size: u64,
     /// False for `SHT_NOBITS`: the file holds nothing of it.
     pub in_file: bool,
+    /// What the file holds of it is compressed (`SHF_COMPRESSED`).
+    pub compressed: bool,
 }
 
 /// A loadable segment.
@@ -162,6 +164,9 @@ pub struct ElfFile {
     exported: OnceLock<HashMap<Box<str>, Symbol>>,
     all: OnceLock<HashMap<Box<str>, Symbol>>,
 }
+
+/// Bytes of a symbol table, of its names, and of the versions of its symbols.
+type SymbolTable = (Vec<u8>, Vec<u8>, Option<Vec<u8>>);
 
 impl ElfFile {
     /// Reads the headers of `file`; `path` is for messages.
@@ -355,8 +360,31 @@ impl ElfFile {
             offset: h.sh_offset,
             size: h.sh_size,
             in_file: h.sh_type != section_header::SHT_NOBITS,
+            compressed: h.sh_flags & u64::from(section_header::SHF_COMPRESSED) != 0,
         };
         Some(headers.iter().map(section).collect())
+    }
+
+    /// What a section holds. `None` where there is none, or none that is as it was linked (compressed, or not in this file).
+    pub fn content(&self, name: &str) -> Option<Vec<u8>> {
+        let section = self.section(name).filter(|section| section.in_file && !section.compressed)?;
+        self.read(section.offset, section.size).ok()
+    }
+
+    /// All functions with their names, also local ones that share a name, of both tables.
+    pub fn functions(&self) -> Vec<(Symbol, Box<str>)> {
+        let tables = [(section_header::SHT_DYNSYM, true), (section_header::SHT_SYMTAB, false)];
+        let mut found = Vec::new();
+        for (kind, exported) in tables {
+            if let Some((table, names, _)) = self.symbol_table(kind) {
+                each_symbol(&table, &names, exported, |_, name, symbol| {
+                    if symbol.is_function() {
+                        found.push((symbol, Box::from(name)));
+                    }
+                });
+            }
+        }
+        found
     }
 
     /// A defined symbol: from `.dynsym`, else from `.symtab`. Local names that occur twice give the first.
@@ -379,6 +407,12 @@ impl ElfFile {
     }
 
     fn read_symbols(&self, kind: u32, exported: bool) -> Option<HashMap<Box<str>, Symbol>> {
+        let (table, names, versions) = self.symbol_table(kind)?;
+        collect_symbols(&table, &names, versions.as_deref(), exported)
+    }
+
+    /// A symbol table, its names, and the version of each symbol, where there are any.
+    fn symbol_table(&self, kind: u32) -> Option<SymbolTable> {
         let headers = self.headers_of_sections();
         let (index, table) = headers.iter().enumerate().find(|(_, h)| h.sh_type == kind)?;
         let names = headers.get(table.sh_link as usize)?;
@@ -388,8 +422,7 @@ impl ElfFile {
             .find(|h| h.sh_type == section_header::SHT_GNU_VERSYM && h.sh_link as usize == index)
             .and_then(|h| self.read(h.sh_offset, h.sh_size).ok());
         let table = self.read(table.sh_offset, table.sh_size).ok()?;
-        let names = self.read(names.sh_offset, names.sh_size).ok()?;
-        collect_symbols(&table, &names, versions.as_deref(), exported)
+        Some((table, self.read(names.sh_offset, names.sh_size).ok()?, versions))
     }
 
     /// `.dynsym` of a file whose section headers were removed: from the dynamic section, which the loader
@@ -418,33 +451,42 @@ fn collect_symbols(
     exported: bool,
 ) -> Option<HashMap<Box<str>, Symbol>> {
     let count = table.len() / SYMBOL_SIZE;
+    let mut found = HashMap::with_capacity(count.min(1 << 16));
+    let mut hidden = HashMap::new();
+    each_symbol(table, names, exported, |index, name, symbol| {
+        let old = versions.and_then(|v| v.get(index * 2 + 1)).is_some_and(|high| high & 0x80 != 0);
+        let into = if old { &mut hidden } else { &mut found };
+        into.entry(Box::from(name)).or_insert(symbol);
+    })?;
+    for (name, symbol) in hidden {
+        found.entry(name).or_insert(symbol);
+    }
+    Some(found)
+}
+
+/// Tells of every defined symbol that has a name. `None` where there is no table.
+fn each_symbol(
+    table: &[u8],
+    names: &[u8],
+    exported: bool,
+    mut see: impl FnMut(usize, &str, Symbol),
+) -> Option<()> {
+    let count = table.len() / SYMBOL_SIZE;
     if count == 0 {
         return None;
     }
-    let mut found = HashMap::with_capacity(count.min(1 << 16));
-    let mut hidden = HashMap::new();
     for (index, symbol) in Symtab::parse(table, 0, count, CTX).ok()?.iter().enumerate() {
         // SHN_UNDEF: imported, defined elsewhere. SHN_ABS: a version name or a constant.
         if symbol.st_shndx == 0 || symbol.st_shndx == section_header::SHN_ABS as usize {
             continue;
         }
-        let Some(name) = u32::try_from(symbol.st_name).ok().and_then(|n| c_str(names, n as usize)) else {
-            continue;
-        };
-        let old = versions.and_then(|v| v.get(index * 2 + 1)).is_some_and(|high| high & 0x80 != 0);
-        let into = if old { &mut hidden } else { &mut found };
-        into.entry(Box::from(name)).or_insert(Symbol {
-            addr: ImageAddr(symbol.st_value),
-            size: symbol.st_size,
-            kind: kind_of(symbol.st_type()),
-            exported,
-        });
+        let name = u32::try_from(symbol.st_name).ok().and_then(|n| c_str(names, n as usize));
+        if let Some(name) = name.filter(|name| !name.is_empty()) {
+            let (addr, size) = (ImageAddr(symbol.st_value), symbol.st_size);
+            see(index, name, Symbol { addr, size, kind: kind_of(symbol.st_type()), exported });
+        }
     }
-    for (name, symbol) in hidden {
-        found.entry(name).or_insert(symbol);
-    }
-    found.remove("");
-    Some(found)
+    Some(())
 }
 
 fn kind_of(st_type: u8) -> SymbolKind {

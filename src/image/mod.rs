@@ -8,17 +8,23 @@ pub mod function_starts;
 pub mod libc;
 mod link_map;
 mod mapped_file;
+mod unwind_rows;
 
 pub use elf::{ImageError, Section, Segment, Symbol, SymbolKind};
 pub use libc::{Libc, LibcKind, libc_of};
+pub use unwind_rows::UnwindRows;
 
 use crate::addr::{Bias, ImageAddr, RemoteAddr};
 use crate::mapping::{Backing, Mapping, Perms};
 use crate::memory::RemoteMemory;
 use elf::ElfFile;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 const PAGE: u64 = 4096;
+/// Bytes of a vdso at most; it has two pages.
+const MOST_VDSO: usize = 1 << 20;
 
 /// A mapped part of a [`Module`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -165,6 +171,20 @@ pub fn modules(pid: i32, maps: &[Mapping], memory: &dyn RemoteMemory) -> Result<
     };
     found.sort_by_key(|(module, is_exe)| rank(module, *is_exe));
     Ok(found.into_iter().map(|(module, _)| module).collect())
+}
+
+/// The vdso, which the kernel maps and no file holds: code that threads stand in, too. `None` where a process has none.
+pub fn vdso(maps: &[Mapping], memory: &dyn RemoteMemory) -> Option<Module> {
+    let map = maps.iter().find(|map| map.backing == Backing::Named("[vdso]".into()))?;
+    let bytes =
+        memory.read_vec(map.start, usize::try_from(map.len()).ok().filter(|len| *len <= MOST_VDSO)?).ok()?;
+    let mut file = std::fs::File::from(memfd_create(c"heaptap-vdso", MFdFlags::MFD_CLOEXEC).ok()?);
+    file.write_all(&bytes).ok()?;
+    let path = PathBuf::from("[vdso]");
+    let file = ElfFile::new(file, &path).ok()?;
+    let bias = bias_of(&file, &[map])?;
+    let range = MappedRange { start: map.start, end: map.end, perms: map.perms, offset: 0 };
+    Some(Module { path, deleted: false, bias, ranges: vec![range], file })
 }
 
 fn is_on_disk(map: &Mapping) -> bool {

@@ -4,12 +4,14 @@
 //! is read until two readings agree.
 
 use super::RecordError;
+use super::look_native::{NativeEyes, NativeLook, root};
 use super::record::test_layout;
-use crate::cpython::{Location, Python, RawFrame};
-use crate::image::modules;
+use crate::cpython::{CodeTable, Location, Python, RawFrame};
+use crate::image::{modules, vdso};
 use crate::inferior::memory::ProcessMemory;
 use crate::inferior::{Inferior, facts, maps};
 use crate::memory::RemoteMemory;
+use crate::native::{Names, Stack};
 use crate::python_binary::binaries;
 use serde::Serialize;
 use std::collections::HashMap;
@@ -53,10 +55,13 @@ pub struct ThreadLook {
     pub truncated: bool,
     /// Innermost first.
     pub frames: Vec<FrameLook>,
+    /// Its C frames with these among them, where they were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub native: Option<NativeLook>,
 }
 
 /// One frame.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct FrameLook {
     /// Qualified name (3.11+), plain name before.
     pub function: String,
@@ -66,26 +71,59 @@ pub struct FrameLook {
     pub line: Option<u32>,
 }
 
-/// Finds the Python of process `pid` and looks at its threads, with the process stopped unless `running`.
-pub fn inspect(pid: i32, running: bool) -> Result<Look, RecordError> {
+/// How a process is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manner {
+    /// It runs meanwhile.
+    Running,
+    /// It is stopped for the look.
+    Stopped,
+    /// The same, and C frames are seen, too.
+    Native,
+}
+
+/// Finds the Python of process `pid` and looks at its threads.
+pub fn inspect(pid: i32, manner: Manner) -> Result<Look, RecordError> {
     facts::check_attachable(pid)?;
     let memory = ProcessMemory::new(pid);
-    let modules = modules(maps::memory_holder(pid), &maps::mappings(pid)?, &memory)?;
+    let maps = maps::mappings(pid)?;
+    let mut modules = modules(maps::memory_holder(pid), &maps, &memory)?;
     let python = Python::locate(&memory, &binaries(&modules))?;
-    if running {
+    if manner == Manner::Running {
         self_test(&python, pid, &memory)?;
-        return look(&python, pid, &memory);
+        return Ok(look(&python, pid, &memory)?.0);
     }
+    modules.extend(vdso(&maps, &memory));
+    let eyes = (manner == Manner::Native).then(|| NativeEyes::open(&modules, &python.binary));
     let mut inferior = Inferior::seize(pid)?;
+    let mut stacks: HashMap<i32, Stack> = HashMap::new();
     let looked = inferior.stop_to_attach().map_err(RecordError::from).and_then(|()| {
         test_layout(&mut inferior, &python)?;
+        for (eyes, tid) in
+            eyes.iter().flat_map(|eyes| inferior.tids().into_iter().map(move |tid| (eyes, tid)))
+        {
+            // A thread that just ended has no registers any more.
+            if let Ok(registers) = inferior.registers(tid) {
+                stacks.insert(tid, eyes.see(&memory, &registers));
+            }
+        }
         look(&python, pid, &memory)
     });
     let let_go = inferior.detach();
-    let look = looked?;
+    let (mut look, mut calls) = looked?;
     let_go?;
+    if let Some(eyes) = eyes {
+        let names = Names::of(&modules, &root(pid));
+        for thread in &mut look.threads {
+            let python = calls.remove(&thread.tid).unwrap_or_default();
+            thread.native = stacks.get(&thread.tid).map(|stack| eyes.tell(&names, stack, python));
+        }
+    }
     Ok(look)
 }
+
+/// A thread's Python frames by call of the interpreter's loop.
+type Calls = Vec<Vec<FrameLook>>;
 
 /// A running target changes under the test: what fails once may be a race, what fails always is the layout.
 fn self_test(python: &Python, pid: i32, memory: &dyn RemoteMemory) -> Result<(), RecordError> {
@@ -100,12 +138,16 @@ fn self_test(python: &Python, pid: i32, memory: &dyn RemoteMemory) -> Result<(),
     Ok(())
 }
 
-/// Looks at every thread. The target may run: each thread is read until two readings agree.
-pub fn look(python: &Python, pid: i32, memory: &dyn RemoteMemory) -> Result<Look, RecordError> {
+/// Looks at every thread; and their frames by call, by thread id. The target may run: each thread is read until two readings agree.
+fn look(
+    python: &Python,
+    pid: i32,
+    memory: &dyn RemoteMemory,
+) -> Result<(Look, HashMap<i32, Calls>), RecordError> {
     let tasks = maps::namespaced_tasks(pid)?;
     let outer: HashMap<i32, i32> = tasks.iter().map(|(outer, inner)| (*inner, *outer)).collect();
     let mut codes = python.code_table();
-    let mut threads = Vec::new();
+    let (mut threads, mut calls_of) = (Vec::new(), HashMap::new());
     for thread in python.threads(memory)? {
         // One that is not born yet, or ended without CPython's knowledge and left its state behind, is no thread.
         let Some(tid) = thread.tid.and_then(|inner| outer.get(&inner).copied()) else { continue };
@@ -117,15 +159,19 @@ pub fn look(python: &Python, pid: i32, memory: &dyn RemoteMemory) -> Result<Look
             moving: true,
             truncated: false,
             frames: Vec::new(),
+            native: None,
         };
+        let mut calls: Calls = Vec::new();
         let (mut raw, mut before) = (Vec::new(), None);
         for _ in 0..TRIES {
             raw.clear();
             let walk = python.walk(memory, thread.tstate, &mut raw, MAX_DEPTH).ok();
-            let mut locations = Vec::new();
-            codes.resolve(memory, &raw, &mut locations);
+            calls = raw
+                .split_inclusive(|frame| frame.entry)
+                .map(|call| named(call, &mut codes, memory))
+                .collect();
             seen.truncated = walk.is_some_and(|w| w.truncated);
-            seen.frames = locations.into_iter().map(frame).collect();
+            seen.frames = calls.concat();
             let this: Option<Vec<RawFrame>> = walk.map(|_| raw.clone());
             if this.is_some() && this == before {
                 seen.moving = false;
@@ -133,6 +179,7 @@ pub fn look(python: &Python, pid: i32, memory: &dyn RemoteMemory) -> Result<Look
             }
             before = this;
         }
+        calls_of.insert(tid, calls);
         threads.push(seen);
     }
     for (tid, _) in tasks {
@@ -145,18 +192,26 @@ pub fn look(python: &Python, pid: i32, memory: &dyn RemoteMemory) -> Result<Look
                 moving: false,
                 truncated: false,
                 frames: Vec::new(),
+                native: None,
             });
         }
     }
     threads.sort_by_key(|t| t.tid);
-    Ok(Look {
+    let look = Look {
         pid,
         python: python.version.to_string(),
         flavour: python.flavour.to_string(),
         layout: python.layout_source.clone(),
         finalizing: !python.finalizing(memory)?.is_null(),
         threads,
-    })
+    };
+    Ok((look, calls_of))
+}
+
+fn named(raw: &[RawFrame], codes: &mut CodeTable, memory: &dyn RemoteMemory) -> Vec<FrameLook> {
+    let mut locations = Vec::new();
+    codes.resolve(memory, raw, &mut locations);
+    locations.into_iter().map(frame).collect()
 }
 
 fn frame(location: Location) -> FrameLook {

@@ -17,6 +17,7 @@ pub mod header;
 pub mod ledger;
 pub mod locations;
 pub mod look;
+pub mod look_native;
 pub mod merge;
 pub mod nap;
 pub mod plant;

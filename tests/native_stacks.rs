@@ -1,0 +1,136 @@
+//! C stacks: every frame is where gdb finds it, and Python's frames lie where its loop ran them.
+//!
+//! gdb is the oracle: `gdb -batch` walks the same threads, which stand still in every kind of frame, by its own reading of the unwind
+//! data. Frames that were inlined, or left by a tail call, have no place on the stack: gdb makes them up, and they are left out there.
+
+mod common;
+mod support;
+
+use common::{Python, Snapshot, for_each_python, missing};
+use heaptap::addr::RemoteAddr;
+use heaptap::image::{modules, vdso};
+use heaptap::inferior::memory::ProcessMemory;
+use heaptap::inferior::{Inferior, maps};
+use heaptap::native::{Ended, Stack, Tables, walk};
+use heaptap::unwind_abi::Registers;
+use serde_json::Value;
+use std::collections::{BTreeMap, HashMap};
+use std::process::Command;
+use support::Program;
+
+/// The C stacks of all threads, while they stand.
+fn stacks(pid: i32) -> BTreeMap<i32, Stack> {
+    let memory = ProcessMemory::new(pid);
+    let maps = maps::mappings(pid).unwrap();
+    let mut modules = modules(pid, &maps, &memory).unwrap();
+    modules.extend(vdso(&maps, &memory));
+    let tables = Tables::of(&modules);
+    let mut inferior = Inferior::seize(pid).unwrap();
+    inferior.stop_to_attach().unwrap();
+    let mut found = BTreeMap::new();
+    for tid in inferior.tids() {
+        let registers = inferior.registers(tid).unwrap();
+        let (pc, sp, bp) = (registers.rip, registers.rsp, Some(registers.rbp));
+        found.insert(tid, walk(&tables, &memory, Registers { pc, sp, bp, is_return: false }));
+    }
+    inferior.detach().unwrap();
+    found
+}
+
+const GDB: &str = r#"
+import gdb, json
+gdb.execute("set backtrace past-main on")
+gdb.execute("set backtrace past-entry on")
+stacks = {}
+for thread in gdb.selected_inferior().threads():
+    thread.switch()
+    frame, stack = gdb.newest_frame(), []
+    while frame is not None:
+        if frame.type() not in (gdb.INLINE_FRAME, gdb.TAILCALL_FRAME):
+            stack.append(frame.pc())
+        frame = frame.older()
+    stacks[thread.ptid[1]] = stack
+print("STACKS " + json.dumps(stacks))
+"#;
+
+/// What gdb says of them; `None` where there is no gdb.
+fn gdbs_stacks(pid: i32) -> Option<BTreeMap<i32, Vec<u64>>> {
+    let mut gdb = Command::new("gdb");
+    gdb.args(["-batch", "-nx", "-q", "-iex", "set auto-load no", "-iex", "set debuginfod enabled off"]);
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("stacks.py");
+    std::fs::write(&script, GDB).unwrap();
+    let output = gdb.args(["-p", &pid.to_string(), "-x"]).arg(&script).output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find_map(|line| line.strip_prefix("STACKS "));
+    let line = line.unwrap_or_else(|| panic!("gdb said: {text}{}", String::from_utf8_lossy(&output.stderr)));
+    let stacks: HashMap<String, Vec<u64>> = serde_json::from_str(line).unwrap();
+    Some(stacks.into_iter().map(|(tid, stack)| (tid.parse().unwrap(), stack)).collect())
+}
+
+#[test]
+fn every_frame_is_where_gdb_finds_it() {
+    // gdb 13 loses its way in the stripped libraries of another root.
+    let is_gdbs = |python: &Python| {
+        python.libc == "glibc" && python.root.is_none() && !python.name.starts_with("embed")
+    };
+    for_each_python(is_gdbs, |interpreter| {
+        let mut program = Program::start(interpreter, "every_kind_of_frame.py");
+        program.line();
+        let before = Snapshot::take(program.pid());
+        let ours = stacks(program.pid());
+        assert_eq!(before.differences(program.pid()), Vec::<String>::new(), "a trace was left");
+        let Some(gdbs) = gdbs_stacks(program.pid()) else { return missing("gdb") };
+        assert_eq!(ours.keys().collect::<Vec<_>>(), gdbs.keys().collect::<Vec<_>>());
+        for (tid, expected) in &gdbs {
+            // Of a caller, the address within its call. Where it does not know the end, gdb goes on to a frame at 0.
+            let expected = expected.iter().filter(|pc| **pc > 0).enumerate();
+            let expected: Vec<RemoteAddr> =
+                expected.map(|(n, pc)| RemoteAddr(pc - u64::from(n > 0))).collect();
+            let found = &ours[tid];
+            assert_eq!(found.frames, expected, "{}: thread {tid}, {:?}", interpreter.name, found.ended);
+            assert_eq!(found.ended, Ended::Whole, "{}: thread {tid}", interpreter.name);
+        }
+    });
+}
+
+#[test]
+fn pythons_frames_lie_where_its_loop_ran_them() {
+    for_each_python(
+        |_| true,
+        |interpreter| {
+            let mut program = Program::start(interpreter, "every_kind_of_frame.py");
+            program.line();
+            let pid = program.pid().to_string();
+            let before = Snapshot::take(program.pid());
+            let said = common::heaptap::heaptap_says(0, &["stacks", "--json", "--native", "--pid", &pid]);
+            assert_eq!(before.differences(program.pid()), Vec::<String>::new(), "a trace was left");
+            let look: Value = serde_json::from_slice(&said.stdout).unwrap();
+            for thread in look["threads"].as_array().unwrap() {
+                let merged = thread["native"]["frames"].as_array().unwrap();
+                let is = |frame: &Value, kind: &str| frame["kind"] == kind;
+                let python: Vec<Value> = merged.iter().filter(|frame| is(frame, "python")).cloned().collect();
+                let expected = thread["frames"].as_array().unwrap();
+                assert_eq!(python.len(), expected.len(), "{thread:#}");
+                for (found, expected) in python.iter().zip(expected) {
+                    let place = |frame: &Value| {
+                        [frame["function"].clone(), frame["file"].clone(), frame["line"].clone()]
+                    };
+                    assert_eq!(place(found), place(expected));
+                }
+                let name = |frame: &Value| frame["function"].as_str().unwrap_or_default().to_owned();
+                let loops = merged.iter().filter(|frame| name(frame).starts_with("_PyEval_EvalFrameDefault"));
+                assert_eq!(loops.count(), 0, "{}: {thread:#}", interpreter.name);
+                // musl has no unwind data: a thread that waits in it is cut short there, and Python's frames follow.
+                if interpreter.libc == "musl" {
+                    assert!(thread["native"]["cut"] == true, "{thread:#}");
+                } else {
+                    assert!(
+                        thread["native"]["cut"] == false && is(merged.last().unwrap(), "native"),
+                        "{thread:#}"
+                    );
+                }
+            }
+        },
+    );
+}
