@@ -4,6 +4,7 @@
 //! data. Frames that were inlined, or left by a tail call, have no place on the stack: gdb makes them up, and they are left out there.
 
 mod common;
+mod random;
 mod support;
 
 use common::{Python, Snapshot, for_each_python, missing};
@@ -13,9 +14,13 @@ use heaptap::inferior::memory::ProcessMemory;
 use heaptap::inferior::{Inferior, maps};
 use heaptap::native::{Ended, Stack, Tables, walk};
 use heaptap::unwind_abi::Registers;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use random::Random;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use std::process::Command;
+use std::time::Duration;
 use support::Program;
 
 /// The C stacks of all threads, while they stand.
@@ -44,10 +49,12 @@ gdb.execute("set backtrace past-entry on")
 stacks = {}
 for thread in gdb.selected_inferior().threads():
     thread.switch()
-    frame, stack = gdb.newest_frame(), []
-    while frame is not None:
+    frame, stack, called = gdb.newest_frame(), [], False
+    while frame is not None and frame.pc() > 0:
         if frame.type() not in (gdb.INLINE_FRAME, gdb.TAILCALL_FRAME):
-            stack.append(frame.pc())
+            # Of a frame that has called, an address within its call; one that a signal came to has not.
+            stack.append(frame.pc() - called)
+            called = frame.type() != gdb.SIGTRAMP_FRAME
         frame = frame.older()
     stacks[thread.ptid[1]] = stack
 print("STACKS " + json.dumps(stacks))
@@ -68,30 +75,63 @@ fn gdbs_stacks(pid: i32) -> Option<BTreeMap<i32, Vec<u64>>> {
     Some(stacks.into_iter().map(|(tid, stack)| (tid.parse().unwrap(), stack)).collect())
 }
 
+/// gdb 13 loses its way in the stripped libraries of another root.
+fn is_gdbs(python: &Python) -> bool {
+    python.libc == "glibc" && python.root.is_none() && !python.name.starts_with("embed")
+}
+
+/// Compares the stacks of a process that does not run.
+fn compare(interpreter: &Python, pid: i32) {
+    let ours = stacks(pid);
+    let Some(gdbs) = gdbs_stacks(pid) else { return missing("gdb") };
+    assert_eq!(ours.keys().collect::<Vec<_>>(), gdbs.keys().collect::<Vec<_>>());
+    for (tid, expected) in &gdbs {
+        let expected: Vec<RemoteAddr> = expected.iter().map(|pc| RemoteAddr(*pc)).collect();
+        let found = &ours[tid];
+        assert_eq!(found.frames, expected, "{}: thread {tid}, {:?}", interpreter.name, found.ended);
+        assert_eq!(found.ended, Ended::Whole, "{}: thread {tid}", interpreter.name);
+    }
+}
+
 #[test]
 fn every_frame_is_where_gdb_finds_it() {
-    // gdb 13 loses its way in the stripped libraries of another root.
-    let is_gdbs = |python: &Python| {
-        python.libc == "glibc" && python.root.is_none() && !python.name.starts_with("embed")
-    };
     for_each_python(is_gdbs, |interpreter| {
-        let mut program = Program::start(interpreter, "every_kind_of_frame.py");
-        program.line();
-        let before = Snapshot::take(program.pid());
-        let ours = stacks(program.pid());
-        assert_eq!(before.differences(program.pid()), Vec::<String>::new(), "a trace was left");
-        let Some(gdbs) = gdbs_stacks(program.pid()) else { return missing("gdb") };
-        assert_eq!(ours.keys().collect::<Vec<_>>(), gdbs.keys().collect::<Vec<_>>());
-        for (tid, expected) in &gdbs {
-            // Of a caller, the address within its call. Where it does not know the end, gdb goes on to a frame at 0.
-            let expected = expected.iter().filter(|pc| **pc > 0).enumerate();
-            let expected: Vec<RemoteAddr> =
-                expected.map(|(n, pc)| RemoteAddr(pc - u64::from(n > 0))).collect();
-            let found = &ours[tid];
-            assert_eq!(found.frames, expected, "{}: thread {tid}, {:?}", interpreter.name, found.ended);
-            assert_eq!(found.ended, Ended::Whole, "{}: thread {tid}", interpreter.name);
+        for name in ["every_kind_of_frame.py", "in_a_signal.py"] {
+            let mut program = Program::start(interpreter, name);
+            program.line();
+            let before = Snapshot::take(program.pid());
+            compare(interpreter, program.pid());
+            assert_eq!(before.differences(program.pid()), Vec::<String>::new(), "a trace was left");
         }
     });
+}
+
+/// Anywhere: within a function's first and last instructions, in the procedure linkage table, in code without frame pointers.
+#[test]
+fn threads_stopped_anywhere_have_the_frames_that_gdb_finds() {
+    let a_few = |python: &Python| is_gdbs(python) && [8, 11, 13].contains(&python.minor());
+    let stops = if common::soak() { 500 } else { 4 };
+    for_each_python(a_few, |interpreter| {
+        let mut program = Program::start(interpreter, "busy.py");
+        program.line();
+        let pid = Pid::from_raw(program.pid());
+        let mut random = Random(7);
+        for _ in 0..stops {
+            std::thread::sleep(Duration::from_micros(random.next() % 5000));
+            kill(pid, Signal::SIGSTOP).unwrap();
+            until_stopped(program.pid());
+            compare(interpreter, program.pid());
+            kill(pid, Signal::SIGCONT).unwrap();
+        }
+    });
+}
+
+/// All threads of a process that SIGSTOP was sent to.
+fn until_stopped(pid: i32) {
+    let states = || maps::tasks(pid).unwrap().into_iter().map(|tid| maps::status(pid, tid).map(|s| s.state));
+    while !states().all(|state| matches!(state, Ok('T' | 't'))) {
+        std::thread::yield_now();
+    }
 }
 
 #[test]

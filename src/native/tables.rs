@@ -48,6 +48,11 @@ impl<'a> Tables<'a> {
         }
     }
 
+    /// Rows of the files looked into so far.
+    pub fn rows(&self) -> usize {
+        self.rows.iter().filter_map(OnceCell::get).map(UnwindRows::len).sum()
+    }
+
     /// The file whose code is there.
     pub fn module(&self, at: RemoteAddr) -> Option<usize> {
         let after = self.code.partition_point(|code| code.start <= at);

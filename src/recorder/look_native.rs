@@ -12,6 +12,7 @@ use crate::unwind_abi::Registers;
 use serde::Serialize;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::time::Instant;
 
 /// CPython's loop. It is exported, so that every file has its name.
 const LOOP: &str = "_PyEval_EvalFrameDefault";
@@ -67,8 +68,9 @@ pub struct NativeEyes<'a> {
 impl<'a> NativeEyes<'a> {
     /// Reads the unwind data of all files. `python`: the path of the one that holds the runtime.
     pub fn open(modules: &'a [Module], python: &str) -> Self {
-        let tables = Tables::of(modules);
+        let (tables, start) = (Tables::of(modules), Instant::now());
         tables.prepare();
+        tracing::debug!(files = modules.len(), rows = tables.rows(), took = ?start.elapsed(), "unwind data read");
         let python = modules.iter().position(|module| module.path().display().to_string() == python);
         let loops = python.map(|python| loops(&modules[python])).unwrap_or_default();
         Self { modules, tables, python, loops }
