@@ -201,7 +201,7 @@ fn a_process_of_another_user() {
     let folder = tempfile::tempdir().unwrap();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let binary = folder.path().join("heaptap");
-    fs::copy(assert_cmd::cargo::cargo_bin!("heaptap"), &binary).unwrap();
+    common::copy_program(assert_cmd::cargo::cargo_bin!("heaptap"), &binary);
     let mut target = Target::start(&common::pythons()[0], "libc_blocks.py");
     let before = Snapshot::take(target.pid());
     for kind in [Kind::Jump, Kind::Trap] {

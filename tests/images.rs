@@ -125,7 +125,7 @@ fn a_preloaded_allocator_serves_malloc_before_libc() {
 fn an_executable_that_was_deleted_or_replaced_is_the_mapped_one() {
     let folder = tempfile::tempdir().unwrap();
     let copy = folder.path().join("cat copy");
-    std::fs::copy("/bin/cat", &copy).unwrap();
+    common::copy_program("/bin/cat", &copy);
     let cat = Cat::start(&mut Command::new(&copy));
     std::fs::remove_file(&copy).unwrap();
     std::fs::write(&copy, "another file of that name").unwrap();

@@ -4,21 +4,23 @@
 //! is an error and not a SIGBUS. The file is untrusted: every size is bounded by the file's length. Knows
 //! nothing of processes.
 
+use super::symbols::{Symbol, collect_symbols, each_symbol};
 use crate::addr::ImageAddr;
+use flate2::read::ZlibDecoder;
 use goblin::container::{Container, Ctx, Endian};
-use goblin::elf::{
-    Header, ProgramHeader, SectionHeader, Symtab, dynamic, header, program_header, section_header, sym,
-};
+use goblin::elf::{Header, ProgramHeader, SectionHeader, dynamic, header, program_header, section_header};
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-const CTX: Ctx = Ctx { container: Container::Big, le: Endian::Little };
+pub(super) const CTX: Ctx = Ctx { container: Container::Big, le: Endian::Little };
 /// No table of an ELF file read at once is larger; a hostile size field is refused here.
 const MAX_TABLE: u64 = 256 << 20;
-const SYMBOL_SIZE: usize = 24;
+/// The same of a section that is unpacked.
+const MAX_UNPACKED: u64 = 1 << 30;
 
 /// An ELF file that could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -80,41 +82,6 @@ pub enum ImageError {
         /// Which part.
         what: String,
     },
-}
-
-/// What a symbol names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SymbolKind {
-    /// Code.
-    Function,
-    /// Code that chooses the code (`STT_GNU_IFUNC`).
-    IndirectFunction,
-    /// Data.
-    Object,
-    /// Thread-local data: the value is an offset in the module's TLS block.
-    Tls,
-    /// Anything else.
-    Other,
-}
-
-/// A defined symbol.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Symbol {
-    /// Where (for [`SymbolKind::Tls`]: offset in the TLS block).
-    pub addr: ImageAddr,
-    /// Bytes; 0 where the file doesn't say.
-    pub size: u64,
-    /// What it names.
-    pub kind: SymbolKind,
-    /// From `.dynsym`: other modules can bind to it.
-    pub exported: bool,
-}
-
-impl Symbol {
-    /// True for code.
-    pub fn is_function(&self) -> bool {
-        matches!(self.kind, SymbolKind::Function | SymbolKind::IndirectFunction)
-    }
 }
 
 /// A section by name.
@@ -365,10 +332,11 @@ impl ElfFile {
         Some(headers.iter().map(section).collect())
     }
 
-    /// What a section holds. `None` where there is none, or none that is as it was linked (compressed, or not in this file).
+    /// What a section holds, unpacked. `None` where there is none in this file, or it can't be unpacked.
     pub fn content(&self, name: &str) -> Option<Vec<u8>> {
-        let section = self.section(name).filter(|section| section.in_file && !section.compressed)?;
-        self.read(section.offset, section.size).ok()
+        let section = self.section(name).filter(|section| section.in_file)?;
+        let bytes = self.read(section.offset, section.size).ok()?;
+        if section.compressed { unpacked(&bytes) } else { Some(bytes) }
     }
 
     /// All functions with their names, also local ones that share a name, of both tables.
@@ -444,61 +412,6 @@ impl ElfFile {
     }
 }
 
-fn collect_symbols(
-    table: &[u8],
-    names: &[u8],
-    versions: Option<&[u8]>,
-    exported: bool,
-) -> Option<HashMap<Box<str>, Symbol>> {
-    let count = table.len() / SYMBOL_SIZE;
-    let mut found = HashMap::with_capacity(count.min(1 << 16));
-    let mut hidden = HashMap::new();
-    each_symbol(table, names, exported, |index, name, symbol| {
-        let old = versions.and_then(|v| v.get(index * 2 + 1)).is_some_and(|high| high & 0x80 != 0);
-        let into = if old { &mut hidden } else { &mut found };
-        into.entry(Box::from(name)).or_insert(symbol);
-    })?;
-    for (name, symbol) in hidden {
-        found.entry(name).or_insert(symbol);
-    }
-    Some(found)
-}
-
-/// Tells of every defined symbol that has a name. `None` where there is no table.
-fn each_symbol(
-    table: &[u8],
-    names: &[u8],
-    exported: bool,
-    mut see: impl FnMut(usize, &str, Symbol),
-) -> Option<()> {
-    let count = table.len() / SYMBOL_SIZE;
-    if count == 0 {
-        return None;
-    }
-    for (index, symbol) in Symtab::parse(table, 0, count, CTX).ok()?.iter().enumerate() {
-        // SHN_UNDEF: imported, defined elsewhere. SHN_ABS: a version name or a constant.
-        if symbol.st_shndx == 0 || symbol.st_shndx == section_header::SHN_ABS as usize {
-            continue;
-        }
-        let name = u32::try_from(symbol.st_name).ok().and_then(|n| c_str(names, n as usize));
-        if let Some(name) = name.filter(|name| !name.is_empty()) {
-            let (addr, size) = (ImageAddr(symbol.st_value), symbol.st_size);
-            see(index, name, Symbol { addr, size, kind: kind_of(symbol.st_type()), exported });
-        }
-    }
-    Some(())
-}
-
-fn kind_of(st_type: u8) -> SymbolKind {
-    match st_type {
-        sym::STT_FUNC => SymbolKind::Function,
-        sym::STT_GNU_IFUNC => SymbolKind::IndirectFunction,
-        sym::STT_OBJECT => SymbolKind::Object,
-        sym::STT_TLS => SymbolKind::Tls,
-        _ => SymbolKind::Other,
-    }
-}
-
 /// Notes are {name size, descriptor size, type, name, descriptor}, each part padded to 4 bytes.
 fn build_id_in(mut notes: &[u8]) -> Option<String> {
     const NT_GNU_BUILD_ID: u32 = 3;
@@ -515,9 +428,22 @@ fn build_id_in(mut notes: &[u8]) -> Option<String> {
     None
 }
 
-fn c_str(table: &[u8], at: usize) -> Option<&str> {
+pub(super) fn c_str(table: &[u8], at: usize) -> Option<&str> {
     let rest = table.get(at..)?;
     std::str::from_utf8(&rest[..rest.iter().position(|b| *b == 0)?]).ok()
+}
+
+/// A compressed section: `Elf64_Chdr` {type u32, reserved u32, size u64, alignment u64}, then a zlib stream (type 1, that of all tools unless
+/// they are asked for another).
+fn unpacked(bytes: &[u8]) -> Option<Vec<u8>> {
+    const ELFCOMPRESS_ZLIB: u64 = 1;
+    let (kind, size) = (le64(bytes.get(..4)?), le64(bytes.get(8..16)?));
+    if kind != ELFCOMPRESS_ZLIB || size > MAX_UNPACKED {
+        return None;
+    }
+    let mut content = Vec::new();
+    ZlibDecoder::new(bytes.get(24..)?).take(size).read_to_end(&mut content).ok()?;
+    (content.len() as u64 == size).then_some(content)
 }
 
 fn le64(bytes: &[u8]) -> u64 {

@@ -8,10 +8,12 @@ pub mod function_starts;
 pub mod libc;
 mod link_map;
 mod mapped_file;
+mod symbols;
 mod unwind_rows;
 
-pub use elf::{ImageError, Section, Segment, Symbol, SymbolKind};
+pub use elf::{ImageError, Section, Segment};
 pub use libc::{Libc, LibcKind, libc_of};
+pub use symbols::{Symbol, SymbolKind};
 pub use unwind_rows::UnwindRows;
 
 use crate::addr::{Bias, ImageAddr, RemoteAddr};

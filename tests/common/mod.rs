@@ -47,6 +47,13 @@ pub fn skipped(what: &str) {
     let _ = writeln!(std::io::stderr(), "SKIPPED: {what} ({count} so far in this test binary)");
 }
 
+/// Copies a program that is going to be run. Another process does: while this one has the copy open for writing, so has, for a moment, a child
+/// that another test forks, and "text file busy" is what running it comes to.
+pub fn copy_program(from: impl AsRef<std::ffi::OsStr>, to: &std::path::Path) {
+    let copied = std::process::Command::new("cp").arg(from).arg(to).status();
+    assert!(copied.expect("cp").success());
+}
+
 /// Long soaks run only when asked for by `HEAPTAP_SOAK=1`.
 pub fn soak() -> bool {
     std::env::var_os("HEAPTAP_SOAK").is_some_and(|value| !value.is_empty() && value != "0")

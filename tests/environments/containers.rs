@@ -284,7 +284,7 @@ fn a_user_and_its_own_user_namespace() {
     let folder = tempfile::tempdir().unwrap();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let binary = folder.path().join("heaptap");
-    fs::copy(heaptap().get_program(), &binary).unwrap();
+    crate::common::copy_program(heaptap().get_program(), &binary);
     let reachable = [USER, &["test", "-r", env!("CARGO_MANIFEST_DIR")]].concat();
     if !Command::new(reachable[0]).args(&reachable[1..]).status().is_ok_and(|status| status.success()) {
         return skipped("a user's own processes: the repository is not readable for others");
@@ -318,7 +318,7 @@ fn a_proc_that_tells_nothing() {
         let folder = tempfile::tempdir().unwrap();
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
         let binary = folder.path().join("heaptap");
-        fs::copy(heaptap().get_program(), &binary).unwrap();
+        crate::common::copy_program(heaptap().get_program(), &binary);
         let refused = |outer: &str, words: &[&str]| {
             let script = format!("{outer} \"$@\"");
             let mut command = Command::new("unshare");

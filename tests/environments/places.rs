@@ -51,7 +51,7 @@ fn a_target_in_its_own_pid_and_mount_namespace() {
 fn copied(python: &Python, folder: &Path) -> (Python, String) {
     let home = python.command.parent().and_then(Path::parent).expect("PREFIX/bin/python");
     let command = folder.join("python");
-    fs::copy(&python.command, &command).unwrap();
+    crate::common::copy_program(&python.command, &command);
     (Python { command, ..python.clone() }, home.to_str().unwrap().to_owned())
 }
 
