@@ -101,7 +101,8 @@ fn a_free_threaded_build_is_always_recorded_by_its_own_allocators() {
 fn what_malloc_maps_for_itself_is_no_mapping() {
     for_each_python(all, |python| {
         records_of(python, "thresholds.py", EXACT);
-        estimates_of(python, "thresholds.py", &["--sample", "100KiB"]);
+        // The fewest, 6 of 100,003 bytes, are missed altogether once in two million recordings.
+        estimates_of(python, "thresholds.py", &["--sample", "40KiB"]);
     });
 }
 

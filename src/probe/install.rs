@@ -19,6 +19,8 @@ use crate::memory::RemoteMemory;
 use nix::errno::Errno;
 use std::collections::{BTreeSet, HashMap};
 
+/// Bytes below rsp that belong to the thread.
+const RED_ZONE: u64 = 128;
 const MAP_FLAGS: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
 const SIGSET_LEN: u64 = 8;
 
@@ -136,11 +138,6 @@ impl Planting<'_> {
         for region in &self.regions {
             self.inferior.write(region.base, &region.image()?)?;
         }
-        for base in self.mapped.clone() {
-            let protection = (libc::PROT_READ | libc::PROT_EXEC) as u64;
-            let protect = [base.0, REGION_LEN as u64, protection];
-            self.inferior.remote_syscall(self.tid, call("mprotect", libc::SYS_mprotect, &protect))?;
-        }
         if !options.unsafe_trap {
             let ours = self.mapped[0].offset(region::OUR_ACTION);
             self.inferior.remote_syscall(self.tid, sigaction(ours, RemoteAddr::NULL))?;
@@ -182,7 +179,8 @@ impl Planting<'_> {
             source: std::io::Error::other(e),
         })?;
         for place in places(&maps, near, REGION_LEN as u64) {
-            let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+            // As it is going to be: killed at any instant, we leave a region that is known by its size or its first bytes.
+            let protection = (libc::PROT_READ | libc::PROT_EXEC) as u64;
             let args = [place.0, REGION_LEN as u64, protection, MAP_FLAGS, u64::MAX, 0];
             match self.inferior.remote_syscall(self.tid, call("mmap", libc::SYS_mmap, &args)) {
                 // A kernel before 4.17 does not know MAP_FIXED_NOREPLACE and takes the address as a hint.
@@ -199,9 +197,11 @@ impl Planting<'_> {
         Err(ProbeError::NoRoom { addr: near, module: module.into() })
     }
 
-    /// The kernel stores the disposition of SIGTRAP in the first region, while that is still writable.
+    /// The kernel stores the disposition of SIGTRAP on the thread's stack, beyond the 128 bytes below rsp that are the thread's (System V ABI):
+    /// the regions can't be written to by the process.
     fn original_action(&mut self) -> Result<[u8; ACTION_LEN], ProbeError> {
-        let scratch = self.mapped[0];
+        let free = RemoteAddr(self.inferior.registers(self.tid)?.rsp).back(RED_ZONE + ACTION_LEN as u64);
+        let scratch = RemoteAddr(free.0 & !15);
         self.inferior.remote_syscall(self.tid, sigaction(RemoteAddr::NULL, scratch))?;
         let mut action = [0; ACTION_LEN];
         self.inferior.memory().read(scratch, &mut action)?;
