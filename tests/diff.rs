@@ -227,3 +227,45 @@ fn damaged_and_empty_captures_are_said_to_be_so() {
     assert!(CaptureReader::open(&empty).is_ok());
     assert_eq!(fails(&[], &[Path::new("/nonexistent")]).1, 1);
 }
+
+/// A shop of two files, in some folder, with an installed package beside it.
+fn release(path: &Path, folder: &str, environment: &str, blocks: u64) {
+    let mut script = Script::create(path, &header());
+    let app = format!("{folder}/shop/app.py");
+    let (db, installed) =
+        (format!("{folder}/shop/db.py"), format!("{environment}/site-packages/orm/query.py"));
+    let main = ("main", &*app, 1);
+    let stacks = [
+        script.stack(&[main, ("serve", &app, 10)]),
+        script.stack(&[main, ("load", &db, 20)]),
+        script.stack(&[main, ("fetch", &installed, 30)]),
+    ];
+    for (n, stack) in stacks.into_iter().enumerate() {
+        let first = 0x1000 * (n as u64 + 1);
+        (0..blocks).for_each(|b| script.allocate(AllocatorKind::Malloc, MAIN, first + b * 64, 100, stack));
+    }
+    script.finish();
+}
+
+#[test]
+fn code_that_lies_in_another_folder_is_the_same_code() {
+    let folder = tempfile::tempdir().unwrap();
+    let (old, new) = (folder.path().join("old"), folder.path().join("new"));
+    release(&old, "/srv/r1", "/venv1/lib/python3.11", 2);
+    release(&new, "/srv/r2", "/venv2/lib/python3.12", 5);
+    let document = json(&[], &[&old, &new]);
+    let growths: Vec<_> = rows(&document).into_iter().map(|row| (row.0, row.1, row.2)).collect();
+    assert_eq!(growths.len(), 3, "{document:#}");
+    assert!(growths.iter().all(|(_, bytes, growth)| (*bytes, *growth) == (500, 300)), "{growths:?}");
+    let moved = &document["moved"];
+    assert_eq!(
+        moved.to_string(),
+        r#"[["/srv/r1","/srv/r2"],["/venv1/lib/python3.11","/venv2/lib/python3.12"]]"#
+    );
+    assert!(run(&[], &[&old, &new]).contains("Code in /srv/r1 is taken for that in /srv/r2"));
+    // Patterns are held against the names that are shown.
+    assert_eq!(rows(&json(&["--include", "file=/srv/r2/*"], &[&old, &new])).len(), 2);
+    assert!(rows(&json(&["--include", "file=/srv/r1/*"], &[&old, &new])).is_empty());
+    // A recording is not compared with itself so.
+    assert_eq!(json(&["--from", "start"], &[&new])["moved"], Value::Null);
+}

@@ -13,9 +13,11 @@
 
 use super::grouping::{Filter, GroupId, GroupName, Grouping, Groups, Remembered};
 use super::moments::{Moment, Outline};
+use super::moved::Moved;
 use super::states::{each_snapshot, replay_at};
 use crate::capture::{CaptureError, SnapshotPart, StackTable, Totals, Wanted};
 use std::cmp::Reverse;
+use std::collections::BTreeSet;
 
 /// What a diff is of.
 #[derive(Clone, Debug, Default)]
@@ -103,6 +105,8 @@ pub struct Diff {
     pub rows: Vec<DiffRow>,
     /// All that was looked at; each block once, whatever it is grouped by.
     pub total: Change,
+    /// Folders of the old recording and those of the new one that are taken for the same.
+    pub moved: BTreeSet<(String, String)>,
 }
 
 /// What grew from a moment of `old` to a moment of `new`. `old` is `None` where both are of one recording.
@@ -115,7 +119,8 @@ pub fn diff(
     let mut sums = Sums::new(options, old.is_none());
     match old {
         Some((old, from)) => {
-            sums.add(old, Some(from), None)?;
+            sums.compare(&old.findings.stacks, &new.0.findings.stacks);
+            sums.add_old(old, Some(from))?;
             sums.add(new.0, None, Some(new.1))?;
         }
         None => sums.add(new.0, Some(from), Some(new.1))?,
@@ -148,12 +153,24 @@ pub(super) struct Sums {
     one_recording: bool,
     changes: Vec<Change>,
     total: Change,
+    moved: Moved,
 }
 
 impl Sums {
     pub(super) fn new(options: &DiffOptions, one_recording: bool) -> Self {
         let groups = Groups::new(options.grouping, options.cumulative, options.filter.clone());
-        Self { groups, one_recording, changes: Vec::new(), total: Change::default() }
+        Self { groups, one_recording, changes: Vec::new(), total: Change::default(), moved: Moved::default() }
+    }
+
+    /// The files of the old recording are to be called as the new one calls them.
+    pub(super) fn compare(&mut self, old: &StackTable, new: &StackTable) {
+        self.moved = Moved::between(old, new);
+    }
+
+    /// Adds the state at the first moment, of another recording than the second.
+    pub(super) fn add_old(&mut self, outline: &Outline, from: Option<Moment>) -> Result<(), CaptureError> {
+        let seen = Remembered::renaming(&self.moved);
+        self.add_seen(outline, from, None, seen)
     }
 
     /// Adds the state at either moment, and if there are both, the flows in between. Where there is no second moment of the same
@@ -164,7 +181,16 @@ impl Sums {
         from: Option<Moment>,
         to: Option<Moment>,
     ) -> Result<(), CaptureError> {
-        let mut seen = Remembered::default();
+        self.add_seen(outline, from, to, Remembered::default())
+    }
+
+    fn add_seen(
+        &mut self,
+        outline: &Outline,
+        from: Option<Moment>,
+        to: Option<Moment>,
+        mut seen: Remembered,
+    ) -> Result<(), CaptureError> {
         let both = from.is_some() && to.is_some();
         let went = self.one_recording && to.is_none();
         if outline.snapshots.is_empty() {
@@ -241,7 +267,7 @@ impl Sums {
     }
 
     pub(super) fn finish(self) -> Diff {
-        let Self { groups, changes, total, .. } = self;
+        let Self { groups, changes, total, moved, .. } = self;
         let had = |(_, change): &(usize, Change)| !(change.old.is_empty() && change.new.is_empty());
         let mut rows: Vec<DiffRow> = changes
             .into_iter()
@@ -255,6 +281,6 @@ impl Sums {
             Reverse((growth, change.new.bytes(), count_growth, change.new.count()))
         };
         rows.sort_by(|a, b| key(&a.change).cmp(&key(&b.change)).then_with(|| a.name.cmp(&b.name)));
-        Diff { rows, total }
+        Diff { rows, total, moved: moved.folders }
     }
 }

@@ -69,8 +69,9 @@ impl Family {
     ) -> Result<Diff, CaptureError> {
         let mut sums = Sums::new(options, old.is_none());
         if let Some(old) = old {
+            sums.compare(&old.whole.findings.stacks, &self.whole.findings.stacks);
             for member in &old.members {
-                sums.add(member, old.moment_of(member, from), None)?;
+                sums.add_old(member, old.moment_of(member, from))?;
             }
         }
         for member in &self.members {

@@ -3,6 +3,7 @@
 //! A group is named by words (paths, names, lines), never by an id or an address: so the groups of two captures of different
 //! processes are the same where their code is.
 
+use super::moved::Moved;
 use super::package::package;
 use crate::capture::{AllocatorKind, FrameId, FrameText, Site, StackId, StackTable};
 use foldhash::fast::RandomState;
@@ -76,24 +77,24 @@ impl Filter {
         self.include.is_empty() && self.exclude.is_empty()
     }
 
-    fn takes(&self, row: &Site, stacks: &StackTable) -> bool {
+    fn takes(&self, row: &Site, stacks: &StackTable, moved: &Moved) -> bool {
         let matches = |pattern: &Pattern| match pattern.subject {
             Subject::Thread => pattern.glob.matches(&thread(row.tid, stacks)),
             subject => {
                 let most = if self.all_frames { usize::MAX } else { 1 };
                 let mut frames = stacks.frames(row.stack).take(most).map(|frame| stacks.frame(frame));
-                frames.any(|frame| pattern.glob.matches(word(subject, frame)))
+                frames.any(|frame| pattern.glob.matches(word(subject, frame, moved)))
             }
         };
         (self.include.is_empty() || self.include.iter().any(matches)) && !self.exclude.iter().any(matches)
     }
 }
 
-fn word<'a>(subject: Subject, frame: FrameText<'a>) -> &'a str {
+fn word<'a>(subject: Subject, frame: FrameText<'a>, moved: &'a Moved) -> &'a str {
     match subject {
         Subject::Function => frame.function,
         Subject::Module => package(frame.file),
-        Subject::File | Subject::Thread => frame.file,
+        Subject::File | Subject::Thread => moved.name(frame.file),
     }
 }
 
@@ -160,6 +161,15 @@ pub struct Remembered {
     frames: HashMap<FrameId, Frame, RandomState>,
     nodes: HashMap<StackId, u32, RandomState>,
     of_row: [GroupId; 1],
+    /// What its files are called in another.
+    moved: Moved,
+}
+
+impl Remembered {
+    /// Nothing yet, of a capture whose files are called otherwise where it is compared to.
+    pub fn renaming(moved: &Moved) -> Self {
+        Self { moved: moved.clone(), ..Self::default() }
+    }
 }
 
 impl Groups {
@@ -177,7 +187,7 @@ impl Groups {
         stacks: &StackTable,
         remembered: &'r mut Remembered,
     ) -> &'r [GroupId] {
-        if !self.filter.is_empty() && !self.filter.takes(row, stacks) {
+        if !self.filter.is_empty() && !self.filter.takes(row, stacks, &remembered.moved) {
             return &[];
         }
         let key = match self.grouping {
@@ -248,9 +258,10 @@ impl Groups {
     }
 
     fn frame(&mut self, id: FrameId, stacks: &StackTable, seen: &mut Remembered) -> Frame {
-        let words = &mut self.words;
+        let (words, moved) = (&mut self.words, &seen.moved);
         *seen.frames.entry(id).or_insert_with(|| {
             let FrameText { function, file, line } = stacks.frame(id);
+            let file = moved.name(file);
             (words.id(function, |word| Arc::from(word)), words.id(file, |word| Arc::from(word)), line)
         })
     }

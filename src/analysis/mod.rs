@@ -14,6 +14,7 @@ mod high_water_mark;
 mod leaks;
 mod merge;
 mod moments;
+mod moved;
 mod package;
 mod replay;
 mod site;

@@ -30,6 +30,25 @@ fn installed(inside: &str) -> &str {
     }
 }
 
+/// The path of a file below `site-packages` or `dist-packages`, or below the standard library: where it is in any environment. `None` of others.
+pub fn library_path(file: &str) -> Option<(&'static str, &str)> {
+    for folder in ["/site-packages/", "/dist-packages/"] {
+        if let Some((_, inside)) = file.rsplit_once(folder) {
+            return Some(("", inside));
+        }
+    }
+    let (mut before, mut at) = ("", 0);
+    for part in file.split('/') {
+        at += part.len() + 1;
+        let version = part.strip_prefix("python3");
+        if before.starts_with("lib") && version.is_some_and(|rest| rest.starts_with('.')) {
+            return file.get(at..).map(|inside| (STDLIB, inside));
+        }
+        before = part;
+    }
+    None
+}
+
 /// True below `lib/python3.N/` (also `lib64`, `python3.13t`) or in `python3N.zip`.
 fn in_library(file: &str) -> bool {
     let mut before = "";

@@ -8,6 +8,7 @@ use super::text::{duration, escaped, size, timestamp};
 use super::{ReportError, limited, write_json, write_rest};
 use crate::analysis::{Change, Diff, DiffRow, FrameName, GroupName, Grouping, Moment, Outline};
 use serde::Serialize;
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::sync::Arc;
 
@@ -54,6 +55,8 @@ struct Document<'a> {
     cumulative: bool,
     from: MomentFields,
     to: MomentFields,
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    moved: &'a BTreeSet<(String, String)>,
     total: Fields,
     rows: Vec<Row<'a>>,
 }
@@ -147,6 +150,9 @@ impl DiffReport<'_> {
         write_run(&self.new.findings, out)?;
         writeln!(out, "From {}", moment_text(self.old.unwrap_or(self.new), self.from))?;
         writeln!(out, "to {}", moment_text(self.new, self.to))?;
+        for (old, new) in &self.diff.moved {
+            writeln!(out, "Code in {} is taken for that in {}", escaped(old), escaped(new))?;
+        }
         let (figures, total) = (self.figures(), &self.diff.total);
         writeln!(
             out,
@@ -174,6 +180,7 @@ impl DiffReport<'_> {
             cumulative: self.cumulative,
             from: MomentFields::of(self.old.unwrap_or(self.new), self.from),
             to: MomentFields::of(self.new, self.to),
+            moved: &self.diff.moved,
             total: Fields::of(figures, &self.diff.total),
             rows: rows
                 .iter()
