@@ -9,18 +9,22 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use support::Program;
 
-/// `fixtures/native/calls_back.c`, compiled so.
+/// `fixtures/native/calls_back.c`.
+fn source() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/native/calls_back.c")
+}
+
+/// It, compiled so.
 fn library(folder: &Path, flags: &[&str]) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/native/calls_back.c");
     let library = folder.join("calls_back.so");
-    let compiled = Command::new("cc")
-        .args(["-shared", "-fPIC"])
-        .args(flags)
-        .arg("-o")
-        .args([&library, &source])
-        .status();
-    assert!(compiled.expect("cc is needed").success());
+    compile(&source(), &library, flags);
     library
+}
+
+fn compile(source: &Path, library: &Path, flags: &[&str]) {
+    let mut compiler = Command::new("cc");
+    compiler.args(["-shared", "-fPIC"]).args(flags).arg("-o").args([library, source]);
+    assert!(compiler.status().expect("cc is needed").success());
 }
 
 fn interpreter() -> &'static Python {
@@ -106,10 +110,7 @@ fn a_stripped_library_has_the_names_it_exports_and_a_deleted_one_all() {
     assert!(!cut);
     drop(program);
 
-    let hidden = ["-O2", "-fvisibility=hidden", "-s"];
-    let source =
-        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/native/calls_back.c"))
-            .unwrap();
+    let source = std::fs::read_to_string(source()).unwrap();
     let (visible, stripped) = (folder.path().join("visible.c"), folder.path().join("stripped.so"));
     let plain = "__attribute__((noinline)) int plain";
     assert!(source.contains(plain));
@@ -118,13 +119,7 @@ fn a_stripped_library_has_the_names_it_exports_and_a_deleted_one_all() {
         source.replace(plain, "__attribute__((noinline, visibility(\"default\"))) int plain"),
     )
     .unwrap();
-    let compiled = Command::new("cc")
-        .args(["-shared", "-fPIC"])
-        .args(hidden)
-        .arg("-o")
-        .args([&stripped, &visible])
-        .status();
-    assert!(compiled.unwrap().success());
+    compile(&visible, &stripped, &["-O2", "-fvisibility=hidden", "-s"]);
     let (frames, cut, _) = look(&waiting(&stripped, "plain"));
     assert_eq!(between(&frames), ["? in stripped.so", "? in stripped.so", "plain"], "{frames:#?}");
     assert!(!cut);

@@ -115,12 +115,14 @@ fn threads_stopped_anywhere_have_the_frames_that_gdb_finds() {
         let mut program = Program::start(interpreter, "busy.py");
         program.line();
         let pid = Pid::from_raw(program.pid());
-        let mut random = Random(7);
+        let (mut random, mut before) = (Random(7), None);
         for _ in 0..stops {
             std::thread::sleep(Duration::from_micros(random.next() % 5000));
             kill(pid, Signal::SIGSTOP).unwrap();
             until_stopped(program.pid());
+            let before = before.get_or_insert_with(|| Snapshot::take(program.pid()));
             compare(interpreter, program.pid());
+            assert_eq!(before.differences(program.pid()), Vec::<String>::new(), "a trace was left");
             kill(pid, Signal::SIGCONT).unwrap();
         }
     });
