@@ -1,6 +1,8 @@
 //! Which package a file belongs to, told by its path: the same in every process that runs the same code, wherever its
 //! environment is. Knows paths only.
 
+/// What stands for all that was installed, where its path is told.
+const INSTALLED: &str = "<installed>";
 /// What stands for Python's own library.
 pub const STDLIB: &str = "<stdlib>";
 /// What stands for everything that was not installed: the application's own code.
@@ -8,12 +10,12 @@ pub const APPLICATION: &str = "<application>";
 
 /// The package of a file: `NAME` below `site-packages` or `dist-packages`, else [`STDLIB`] or [`APPLICATION`].
 pub fn package(file: &str) -> &str {
-    for folder in ["/site-packages/", "/dist-packages/"] {
-        if let Some((_, inside)) = file.rsplit_once(folder) {
-            return installed(inside);
-        }
+    match library_path(file) {
+        Some((INSTALLED, inside)) => installed(inside),
+        Some(_) => STDLIB,
+        None if file.starts_with("<frozen ") || in_archive(file) => STDLIB,
+        None => APPLICATION,
     }
-    if file.starts_with("<frozen ") || in_library(file) { STDLIB } else { APPLICATION }
 }
 
 /// The first part of a path below `site-packages`; of an egg, what is in it.
@@ -30,11 +32,12 @@ fn installed(inside: &str) -> &str {
     }
 }
 
-/// The path of a file below `site-packages` or `dist-packages`, or below the standard library: where it is in any environment. `None` of others.
+/// The path of a file below `site-packages` or `dist-packages`, or below the standard library (`lib/python3.N/`, also `lib64`, `python3.13t`): where it is in
+/// any environment, and in which of the two. `None` of others.
 pub fn library_path(file: &str) -> Option<(&'static str, &str)> {
     for folder in ["/site-packages/", "/dist-packages/"] {
         if let Some((_, inside)) = file.rsplit_once(folder) {
-            return Some(("", inside));
+            return Some((INSTALLED, inside));
         }
     }
     let (mut before, mut at) = ("", 0);
@@ -49,15 +52,9 @@ pub fn library_path(file: &str) -> Option<(&'static str, &str)> {
     None
 }
 
-/// True below `lib/python3.N/` (also `lib64`, `python3.13t`) or in `python3N.zip`.
-fn in_library(file: &str) -> bool {
-    let mut before = "";
-    file.split('/').any(|part| {
-        let version = part.strip_prefix("python3");
-        let folder = before.starts_with("lib") && version.is_some_and(|rest| rest.starts_with('.'));
-        before = part;
-        folder || version.is_some_and(|rest| rest.ends_with(".zip"))
-    })
+/// True in `python3N.zip`.
+fn in_archive(file: &str) -> bool {
+    file.split('/').any(|part| part.strip_prefix("python3").is_some_and(|rest| rest.ends_with(".zip")))
 }
 
 #[cfg(test)]
