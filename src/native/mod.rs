@@ -4,6 +4,7 @@
 //! [`merge`] puts Python's frames where its interpreter's are. Knows files, memory and registers; who stopped the thread, and what CPython's
 //! structures look like, it is told.
 
+mod closure;
 mod debug_info;
 mod merge;
 mod names;

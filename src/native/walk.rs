@@ -1,5 +1,6 @@
 //! [`walk`]: up a thread's C stack by the rules of its code.
 
+use super::closure;
 use super::tables::Tables;
 use crate::addr::RemoteAddr;
 use crate::memory::RemoteMemory;
@@ -35,11 +36,16 @@ pub fn walk(tables: &Tables, memory: &dyn RemoteMemory, mut frame: Registers) ->
     while stack.frames.len() < MOST_FRAMES {
         let at = RemoteAddr(frame.at());
         let Some(known) = tables.at(at) else {
+            let caller = closure::caller(memory, &frame);
             // A pointer to no code may have been called; a frame found from one that called is no frame.
-            if stack.frames.is_empty() {
+            if stack.frames.is_empty() || caller.is_some() {
                 stack.frames.push(at);
             }
-            return stack;
+            match caller {
+                Some(caller) => frame = caller,
+                None => return stack,
+            }
+            continue;
         };
         stack.frames.push(at);
         stack.guessed += usize::from(guessed);
