@@ -23,6 +23,8 @@ pub enum Cfa {
     Bp(u32),
     /// What the word at rbp + bytes says: of functions that align their stack.
     AtBp(i32),
+    /// 8 above what the word at rsp + bytes says: of assembly that aligns its stack (OpenSSL's).
+    AtSp(i32),
     /// rsp + 8, from so many bytes into an entry of 16 on rsp + 16: the procedure linkage table.
     Plt(u32),
     /// rsp is where the kernel has put the registers (`struct ucontext`): the return from a signal's handler.
@@ -61,11 +63,8 @@ impl Rule {
             Cfa::Outermost => (1, 0),
             Cfa::Sp(bytes) => (2, words(bytes)?),
             Cfa::Bp(bytes) => (3, words(bytes)?),
-            Cfa::AtBp(bytes) => {
-                // Half of the values are below rbp.
-                let biased = bytes.checked_add((CFA_LIMIT as i32 / 2) * 8)?;
-                (4, words(u32::try_from(biased).ok()?)?)
-            }
+            Cfa::AtBp(bytes) => (4, around(bytes)?),
+            Cfa::AtSp(bytes) => (7, around(bytes)?),
             Cfa::Plt(from) => (5, (from < CFA_LIMIT).then_some(from)?),
             Cfa::Signal => (6, 0),
         };
@@ -89,6 +88,7 @@ impl Rule {
             4 => Cfa::AtBp((part as i32 - CFA_LIMIT as i32 / 2) * 8),
             5 => Cfa::Plt(part),
             6 => Cfa::Signal,
+            7 => Cfa::AtSp((part as i32 - CFA_LIMIT as i32 / 2) * 8),
             _ => Cfa::Unknown,
         }
     }
@@ -107,6 +107,11 @@ impl Rule {
 
 fn words(bytes: u32) -> Option<u32> {
     if bytes.is_multiple_of(8) && bytes / 8 < CFA_LIMIT { Some(bytes / 8) } else { None }
+}
+
+/// Half of the values are below the register.
+fn around(bytes: i32) -> Option<u32> {
+    words(u32::try_from(bytes.checked_add((CFA_LIMIT as i32 / 2) * 8)?).ok()?)
 }
 
 /// The registers of a frame that its caller is found by.
@@ -158,6 +163,7 @@ pub fn step(rule: Rule, frame: &Registers, mut read: impl FnMut(u64) -> Option<u
         Cfa::Sp(bytes) => Some(frame.sp.wrapping_add(bytes as u64)),
         Cfa::Bp(bytes) => frame.bp.map(|bp| bp.wrapping_add(bytes as u64)),
         Cfa::AtBp(bytes) => frame.bp.and_then(|bp| read(bp.wrapping_add_signed(bytes as i64))),
+        Cfa::AtSp(bytes) => read(frame.sp.wrapping_add_signed(bytes as i64)).map(|word| word.wrapping_add(8)),
         Cfa::Plt(from) => {
             let pushed = frame.pc & 15 >= from as u64;
             Some(frame.sp.wrapping_add(if pushed { 16 } else { 8 }))
@@ -201,7 +207,8 @@ mod tests {
             Just(Cfa::Signal),
             bytes.clone().prop_map(Cfa::Sp),
             bytes.prop_map(Cfa::Bp),
-            around.prop_map(Cfa::AtBp),
+            around.clone().prop_map(Cfa::AtBp),
+            around.prop_map(Cfa::AtSp),
             (0u32..16).prop_map(Cfa::Plt),
         ]
     }

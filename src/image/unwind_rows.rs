@@ -230,13 +230,18 @@ fn rule<'a, S: UnwindSection<Bytes<'a>>>(
     Rule::new(cfa, bp)
 }
 
-/// The two expressions that compilers and linkers use for a CFA.
+/// The expressions that compilers, linkers and writers of assembly use for a CFA.
 fn expressed(operations: &[Operation<Bytes>]) -> Option<Cfa> {
-    use Operation::{And, Deref, Ge, Plus, RegisterOffset, Shl, UnsignedConstant};
+    use Operation::{And, Deref, Ge, Plus, PlusConstant, RegisterOffset, Shl, UnsignedConstant};
     match operations {
         [RegisterOffset { register: X86_64::RBP, offset, .. }, Deref { size: 8, space: false, .. }] => {
             Some(Cfa::AtBp(i32::try_from(*offset).ok()?))
         }
+        [
+            RegisterOffset { register: X86_64::RSP, offset, .. },
+            Deref { size: 8, space: false, .. },
+            PlusConstant { value: 8 },
+        ] => Some(Cfa::AtSp(i32::try_from(*offset).ok()?)),
         // rsp + 8 + ((rip & 15) >= n) * 8, of all linkers' procedure linkage tables.
         [
             RegisterOffset { register: X86_64::RSP, offset: 8, .. },
