@@ -21,7 +21,7 @@ fn dumped(path: &Path) -> String {
 #[test]
 #[ignore = "makes a fixture"]
 fn write_golden_capture() {
-    script::shop_snapshots(&golden(4));
+    script::native::shop_native(&golden(5));
 }
 
 #[test]
@@ -42,6 +42,11 @@ fn version_3_is_read_record_by_record_as_when_it_was_written() {
 #[test]
 fn version_4_is_read_record_by_record_as_when_it_was_written() {
     insta::assert_snapshot!(dumped(&golden(4)));
+}
+
+#[test]
+fn version_5_is_read_record_by_record_as_when_it_was_written() {
+    insta::assert_snapshot!(dumped(&golden(5)));
 }
 
 #[test]
@@ -78,13 +83,16 @@ fn what_is_written_today_means_the_same_as_the_golden_files() {
     let path = dir.path().join("snapshots.heaptap");
     script::shop_snapshots(&path);
     assert_eq!(dumped(&path), dumped(&golden(4)));
+    let path = dir.path().join("native.heaptap");
+    script::native::shop_native(&path);
+    assert_eq!(dumped(&path), dumped(&golden(5)));
 }
 
 #[test]
 fn the_versions_differ_in_what_a_reader_must_know() {
     let prefix = |version| std::fs::read(golden(version)).unwrap()[8..12].to_vec();
-    let expected = [[1, 0, 0, 0], [2, 0, 0, 1], [3, 0, 0, 1], [4, 0, 0, 3]];
-    assert_eq!([prefix(1), prefix(2), prefix(3), prefix(4)], expected);
+    let expected = [[1, 0, 0, 0], [2, 0, 0, 1], [3, 0, 0, 1], [4, 0, 0, 3], [5, 0, 0, 0]];
+    assert_eq!([1, 2, 3, 4, 5].map(prefix), expected);
 }
 
 fn recorder_and_analysis_agree(version: u32) {
@@ -102,6 +110,7 @@ fn the_recorder_and_the_analysis_agree_on_what_is_live() {
     recorder_and_analysis_agree(1);
     recorder_and_analysis_agree(2);
     recorder_and_analysis_agree(3);
+    recorder_and_analysis_agree(5);
     let findings = analyse(CaptureReader::open(golden(1)).unwrap(), View::HighWaterMark).unwrap();
     // 39 cache entries of 1 KiB and a quarter of the mapping are left.
     assert_eq!(findings.live.bytes(), 39 * 1024 + (1 << 18));

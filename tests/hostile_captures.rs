@@ -4,7 +4,7 @@
 mod script;
 
 use proptest::prelude::*;
-use script::use_up::{use_up, with_events};
+use script::use_up::{use_up, with_chunks};
 use std::sync::LazyLock;
 
 static SHOP: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -14,17 +14,28 @@ static SHOP: LazyLock<Vec<u8>> = LazyLock::new(|| {
     std::fs::read(path).unwrap()
 });
 
+static NATIVE: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("native.heaptap");
+    script::native::shop_native(&path);
+    std::fs::read(path).unwrap()
+});
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
     #[test]
-    fn truncated_captures_do_no_harm(cut: prop::sample::Index) {
-        use_up(&SHOP[..cut.index(SHOP.len())]);
+    fn truncated_captures_do_no_harm(cut: prop::sample::Index, native: bool) {
+        let whole = if native { &*NATIVE } else { &*SHOP };
+        use_up(&whole[..cut.index(whole.len())]);
     }
 
     #[test]
-    fn flipped_bits_do_no_harm(flips in prop::collection::vec(any::<prop::sample::Index>(), 1..6)) {
-        let mut bytes = SHOP.clone();
+    fn flipped_bits_do_no_harm(
+        flips in prop::collection::vec(any::<prop::sample::Index>(), 1..6),
+        native: bool,
+    ) {
+        let mut bytes = if native { NATIVE.clone() } else { SHOP.clone() };
         for flip in flips {
             let bit = flip.index(bytes.len() * 8);
             bytes[bit / 8] ^= 1 << (bit % 8);
@@ -35,11 +46,17 @@ proptest! {
     #[test]
     fn made_up_records_do_no_harm(
         columns in prop::collection::vec(prop_oneof![any::<u8>(), 0u8..8], 120),
-        events in prop::collection::vec(prop_oneof![any::<u8>(), 0x20u8..0x2c, 0u8..8, 0x80u8..0x84], 0..300),
+        native: bool,
+        symbols in prop::collection::vec(prop_oneof![any::<u8>(), 0u8..4], 0..60),
+        events in prop::collection::vec(prop_oneof![any::<u8>(), 0x20u8..0x2e, 0u8..8, 0x80u8..0x84], 0..300),
     ) {
         // A string, a frame, a stack and a thread first, so that some of what follows has a meaning.
         let start = [0x20, 0, 1, b'f', 0x21, 0, 0, 0, 1, 0x22, 2, 0, 0, 0x24, 2, 0x2a, 100];
-        use_up(&with_events(&[&[40, 40, 40][..], &columns, &start, &events].concat()));
+        // A module, and a native frame of it that calls that function.
+        let code = [0x2b, 0, 1, b'm', 0, 0x2c, 2, 1, 7, 0, 0x22, 0, 1, 1];
+        let code = if native { &code[..] } else { &[] };
+        let events = [&[40, 40, 40][..], &columns, &start, code, &events].concat();
+        use_up(&with_chunks(native, &[(2, &events), (6, &symbols)]));
     }
 }
 

@@ -260,7 +260,7 @@ impl Groups {
     fn frame(&mut self, id: FrameId, stacks: &StackTable, seen: &mut Remembered) -> Frame {
         let (words, moved) = (&mut self.words, &seen.moved);
         *seen.frames.entry(id).or_insert_with(|| {
-            let FrameText { function, file, line } = stacks.frame(id);
+            let FrameText { function, file, line, .. } = stacks.frame(id);
             let file = moved.name(file);
             (words.id(function, |word| Arc::from(word)), words.id(file, |word| Arc::from(word)), line)
         })

@@ -5,6 +5,7 @@
 
 use super::finder::Finder;
 use super::format::{TIME_UNIT_NS, control, place};
+use super::native::{ModuleId, NativeFrame};
 use super::predict::{Expected, Place, Predictor, Shape, class};
 use super::record::{
     Allocation, DropReason, FrameId, Free, FreeUnknown, GapReason, StackId, StringId, Unmap,
@@ -29,6 +30,7 @@ pub(super) struct ChunkEncoder {
     next_string: u32,
     next_frame: u32,
     next_node: u32,
+    next_module: u32,
 }
 
 impl ChunkEncoder {
@@ -48,6 +50,7 @@ impl ChunkEncoder {
             next_string: 0,
             next_frame: 0,
             next_node: 0,
+            next_module: 0,
         }
     }
 
@@ -63,7 +66,7 @@ impl ChunkEncoder {
         self.predictor.reset();
         self.tid = None;
         (self.interval, self.time) = (0, 0);
-        (self.next_string, self.next_frame, self.next_node) = (0, 0, 0);
+        (self.next_string, self.next_frame, self.next_node, self.next_module) = (0, 0, 0, 0);
     }
 
     /// Bytes of the chunk so far, but for its first few.
@@ -99,6 +102,22 @@ impl ChunkEncoder {
         self.next_node = self.id(id.0, self.next_node);
         put(&mut self.control, u64::from(parent.0));
         put(&mut self.control, u64::from(frame.0));
+    }
+
+    pub(super) fn module(&mut self, id: ModuleId, path: &str, build_id: &[u8]) {
+        self.begin(control::MODULE);
+        self.next_module = self.id(id.0, self.next_module);
+        self.text(path);
+        put(&mut self.control, build_id.len() as u64);
+        self.control.extend_from_slice(build_id);
+    }
+
+    pub(super) fn native_frame(&mut self, id: FrameId, frame: NativeFrame) {
+        self.begin(control::NATIVE_FRAME);
+        self.next_frame = self.id(id.0, self.next_frame);
+        put(&mut self.control, frame.module.map_or(0, |module| u64::from(module.0) + 1));
+        put(&mut self.control, frame.address);
+        self.control.push(frame.flags());
     }
 
     pub(super) fn thread(&mut self, tid: u32, os_name: &str, python_name: &str) {

@@ -28,6 +28,9 @@ pub enum CaptureError {
     /// A sample, though the header says that every allocation is recorded.
     #[error("{} can take no sampled allocation: its header says that all are recorded", path.display())]
     NotSampled { path: PathBuf },
+    /// A native frame, though the header says that there are none.
+    #[error("{} can take no native frame: its header says that there are none", path.display())]
+    NotNative { path: PathBuf },
     /// What was asked for takes an event log.
     #[error(
         "{} has snapshots and no event log: what {what} is not known", path.display()
@@ -36,6 +39,9 @@ pub enum CaptureError {
     /// Header or trailer do not fit a chunk, or cannot be put as JSON.
     #[error("cannot encode the {what} of {}: {why}", path.display())]
     Document { path: PathBuf, what: &'static str, why: String },
+    /// Only native frames are wanted, and none were recorded.
+    #[error("{} has no native frames", path.display())]
+    NoNative { path: PathBuf },
     /// The input could not be opened.
     #[error("cannot open {}: {source}", path.display())]
     Open { path: PathBuf, source: io::Error },
@@ -79,7 +85,8 @@ impl CaptureError {
             Self::Closed { .. } => Some("see the error before this one"),
             Self::TooMany { .. } => Some("record for a shorter time"),
             Self::NoEventLog { .. } => Some("record with `attach --events` to have one"),
-            Self::NotSampled { .. } | Self::Document { .. } => None,
+            Self::NoNative { .. } => Some("record with `attach --native` to have them"),
+            Self::NotSampled { .. } | Self::NotNative { .. } | Self::Document { .. } => None,
             Self::Open { .. } => Some("captures are the files that `heaptap attach` writes, named *.heaptap"),
             Self::Read { source, .. } if source.kind() == io::ErrorKind::IsADirectory => {
                 Some("give the capture itself, a file")

@@ -1,4 +1,4 @@
-//! The bytes of a capture file, version 4, and how versions before it differ.
+//! The bytes of a capture file, version 5, and how versions before it differ.
 //!
 //! All fixed-width integers are little-endian. `varint` is LEB128 of an unsigned 64-bit number,
 //! `zigzag` a varint of `(n << 1) ^ (n >> 63)`.
@@ -29,8 +29,8 @@
 //! │ u8   │ u8    │ u32        │ u32     │ u32   │                     │
 //! └──────┴───────┴────────────┴─────────┴───────┴─────────────────────┘
 //! ```
-//! - kind: 1 header, 2 events, 3 trailer, 4 a part of a snapshot, 5 gauges. Others are skipped. 0 is never used, so that a tail of
-//!   zeroes left by a crash is not taken for chunks.
+//! - kind: 1 header, 2 events, 3 trailer, 4 a part of a snapshot, 5 gauges, 6 symbols. Others are skipped. 0 is never used, so that
+//!   a tail of zeroes left by a crash is not taken for chunks.
 //! - codec: 0 stored as is (`stored_len == raw_len`), 1 one lz4 block.
 //! - `raw_len` <= 2 MiB (1 MiB before version 3), `stored_len` <= `lz4` bound of that.
 //! - crc32: over the ten header bytes before it and the stored bytes.
@@ -82,6 +82,8 @@
 //! | 8 | drop | varint count, u8 reason |
 //! | 9 | gap | varint ns, u8 reason |
 //! | 10 | interval | varint bytes |
+//! | 11 | module | id, varint length, path as UTF-8, varint length, build id (may be empty) |
+//! | 12 | native frame | id, varint module + 1 (0: code of no file), varint address, u8 flags |
 //!
 //! *interval* is true of the allocations that follow in the chunk, and 0 at its start. 0: they were recorded
 //! for certain. Otherwise each was sampled with probability 1 - exp(-size / interval), so it stands for
@@ -89,8 +91,14 @@
 //! whatever the interval is. An interval other than 0 occurs only in a file with the flag 0x0100.
 //!
 //! `id` is a zigzag difference to the id after the last one of that sort defined in the chunk
-//! (so 0 in the ordinary case), and absolute for the first. Strings and frames count from 0, stack
+//! (so 0 in the ordinary case), and absolute for the first. Strings, modules and frames count from 0, stack
 //! nodes from 1. A parent's id is below its child's.
+//!
+//! *module* and *native frame* came with version 5, and occur only in a file whose header says `native`. A native frame is a
+//! frame: it has an id among theirs, and stack nodes name it as any. Its address is that in the file, as the file's
+//! symbols have it, or in memory where there is no module, and lies within the instruction that executes: of a caller, within its
+//! call. Flags: 1, the file is the Python interpreter's own; 2, the place is guessed, because the code of the
+//! frame before has no unwind data.
 //!
 //! # Addresses
 //!
@@ -168,13 +176,24 @@
 //! column for each gauge: 0 unknown, else 1 + zigzag(value - last known value), from 0. The names are
 //! [`Gauges::NAMES`](super::Gauges::NAMES); what a later version appends is skipped.
 //!
+//! # Symbols
+//!
+//! A chunk of kind 6, from version 5: what native frames are called. It may come anywhere before the trailer, and repeatedly; of what is
+//! told twice the last holds. A frame that no such chunk has is unnamed: who reads may look it up in the module.
+//! ```text
+//! varint strings, for each: varint length, UTF-8 bytes; varint frames, for each:
+//!   varint module + 1, zigzag address - that of the frame before (from 0, wrapping), varint places (at most 64),
+//!   for each place, innermost first: varint function + 1, varint file + 1 (0: unknown; else a string of the chunk), varint line (0: unknown)
+//! ```
+//! Several places are functions inlined into each other; none means that nothing is known.
+//!
 //! An allocation of 512 bytes by malloc at 0x7f00_0000_0010 after one at 0x7f00_0000_0000, from stack 7
 //! as that one: `60 02 80 04` (A and S set, kind 0; zigzag(1); varint 512).
 
 /// First bytes of every capture.
 pub const MAGIC: [u8; 8] = *b"\x89HTAP\r\n\x1a";
 /// The version this binary writes, and the newest it reads.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 /// Bytes of magic, version, flags and checksum.
 pub const PREFIX_LEN: usize = 16;
 /// Bytes before a chunk's stored bytes.
@@ -195,6 +214,12 @@ pub const NEAR_ADDRESSES: usize = 1 << 16;
 pub const TIME_UNIT_NS: u64 = 100_000;
 /// The longest string kept; longer ones are cut by the writer.
 pub const MAX_STRING_LEN: usize = 16 << 10;
+/// The longest name kept of a native function or of its source file.
+pub const MAX_NAME_LEN: usize = 4 << 10;
+/// The longest build id kept; linkers make them of 8 to 32 bytes.
+pub const MAX_BUILD_ID_LEN: usize = 64;
+/// The most places that a native frame may have.
+pub const MAX_PLACES: usize = 64;
 /// Flag bits that a reader must understand.
 pub const REQUIRED_FLAGS: u16 = 0xff00;
 /// Flag: some allocations are samples.
@@ -216,6 +241,8 @@ pub mod kind {
     pub const SNAPSHOT: u8 = 4;
     /// [`Gauges`](crate::capture::Gauges) of some moments.
     pub const GAUGES: u8 = 5;
+    /// Names of native frames.
+    pub const SYMBOLS: u8 = 6;
 }
 
 /// Chunk codecs.
@@ -254,6 +281,10 @@ pub mod control {
     pub const GAP: u8 = 0x29;
     /// The sampling interval of the allocations that follow.
     pub const INTERVAL: u8 = 0x2a;
+    /// A mapped file.
+    pub const MODULE: u8 = 0x2b;
+    /// A frame of native code.
+    pub const NATIVE_FRAME: u8 = 0x2c;
     /// A free.
     pub const FREE: u8 = 0x40;
     /// A free of a block from before the attach.

@@ -53,6 +53,9 @@ pub struct Header {
     /// Nanoseconds between snapshots, where they were taken regularly.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot_every_ns: Option<u64>,
+    /// Native frames were recorded with the Python ones.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub native: bool,
     /// The hooked functions.
     pub entry_points: Vec<EntryPoint>,
     /// The mapped ELF files.

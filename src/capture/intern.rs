@@ -1,7 +1,8 @@
-//! The writer's side of the tables: each string, frame and stack node gets its number once.
+//! The writer's side of the tables: each string, module, frame and stack node gets its number once.
 //!
-//! Memory grows with distinct strings, frames and nodes, never with events.
+//! Memory grows with distinct strings, modules, frames and nodes, never with events.
 
+use super::native::{ModuleId, NativeFrame};
 use super::record::{FrameId, StackId, StringId};
 use foldhash::fast::RandomState;
 use std::borrow::Cow;
@@ -18,11 +19,22 @@ pub(super) enum Interned<T> {
 #[derive(Debug)]
 pub(super) struct Full(pub(super) &'static str);
 
+/// Function, file, line; of a native frame that has its names, the library.
+type FrameKey = (StringId, StringId, u32, Option<StringId>);
+
+/// The build id of a file, and what the file is known by.
+type BuildOf = (Box<[u8]>, ModuleId);
+
 #[derive(Default)]
 pub(super) struct Interner {
     strings: HashMap<Box<str>, StringId, RandomState>,
-    frames: HashMap<(StringId, StringId, u32), FrameId, RandomState>,
+    frames: HashMap<FrameKey, FrameId, RandomState>,
     nodes: HashMap<(StackId, FrameId), StackId, RandomState>,
+    /// By path: build ids that files there had.
+    modules: HashMap<Box<str>, Vec<BuildOf>, RandomState>,
+    module_count: usize,
+    /// They share their ids with `frames`.
+    native: HashMap<NativeFrame, FrameId, RandomState>,
 }
 
 impl Interner {
@@ -41,11 +53,15 @@ impl Interner {
         file: StringId,
         line: u32,
     ) -> Result<Interned<FrameId>, Full> {
-        if let Some(&id) = self.frames.get(&(function, file, line)) {
+        self.named_frame((function, file, line, None))
+    }
+
+    pub(super) fn named_frame(&mut self, key: FrameKey) -> Result<Interned<FrameId>, Full> {
+        if let Some(&id) = self.frames.get(&key) {
             return Ok(Interned::Known(id));
         }
-        let id = FrameId(next_id(self.frames.len(), "code location")?);
-        self.frames.insert((function, file, line), id);
+        let id = FrameId(next_id(self.frame_count(), "code location")?);
+        self.frames.insert(key, id);
         Ok(Interned::New(id))
     }
 
@@ -58,6 +74,25 @@ impl Interner {
         Ok(Interned::New(id))
     }
 
+    pub(super) fn module(&mut self, path: &str, build_id: &[u8]) -> Result<Interned<ModuleId>, Full> {
+        if let Some(id) = self.known_module(path, build_id) {
+            return Ok(Interned::Known(id));
+        }
+        let id = ModuleId(next_id(self.module_count, "mapped file")?);
+        self.modules.entry(path.into()).or_default().push((build_id.into(), id));
+        self.module_count += 1;
+        Ok(Interned::New(id))
+    }
+
+    pub(super) fn native_frame(&mut self, frame: NativeFrame) -> Result<Interned<FrameId>, Full> {
+        if let Some(id) = self.known_native_frame(frame) {
+            return Ok(Interned::Known(id));
+        }
+        let id = FrameId(next_id(self.frame_count(), "code location")?);
+        self.native.insert(frame, id);
+        Ok(Interned::New(id))
+    }
+
     /// The id of a string that has one.
     pub(super) fn known_string(&self, text: &str) -> Option<StringId> {
         self.strings.get(text).copied()
@@ -65,7 +100,7 @@ impl Interner {
 
     /// The id of a code location that has one.
     pub(super) fn known_frame(&self, function: StringId, file: StringId, line: u32) -> Option<FrameId> {
-        self.frames.get(&(function, file, line)).copied()
+        self.frames.get(&(function, file, line, None)).copied()
     }
 
     /// The id of a stack that has one.
@@ -73,8 +108,30 @@ impl Interner {
         self.nodes.get(&(parent, frame)).copied()
     }
 
+    /// The id of a module that has one.
+    pub(super) fn known_module(&self, path: &str, build_id: &[u8]) -> Option<ModuleId> {
+        let there = self.modules.get(path)?;
+        there.iter().find(|(known, _)| **known == *build_id).map(|(_, id)| *id)
+    }
+
+    /// The id of a native frame that has one.
+    pub(super) fn known_native_frame(&self, frame: NativeFrame) -> Option<FrameId> {
+        self.native.get(&frame).copied()
+    }
+
+    /// All native frames, in the order they came in.
+    pub(super) fn native_frames(&self) -> Vec<NativeFrame> {
+        let mut frames: Vec<_> = self.native.iter().map(|(frame, id)| (*id, *frame)).collect();
+        frames.sort_unstable_by_key(|(id, _)| *id);
+        frames.into_iter().map(|(_, frame)| frame).collect()
+    }
+
+    pub(super) fn has_module(&self, module: ModuleId) -> bool {
+        (module.0 as usize) < self.module_count
+    }
+
     pub(super) fn frame_count(&self) -> usize {
-        self.frames.len()
+        self.frames.len() + self.native.len()
     }
 
     pub(super) fn node_count(&self) -> usize {

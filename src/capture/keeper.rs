@@ -2,7 +2,7 @@
 //!
 //! A file of at most N bytes has 5/10 of them for definitions and events (of that, events no more than 4/10), and 1/10 for any
 //! one snapshot, so that the first, the last, the highest and the next always fit; what is left is for header, gauges and
-//! trailer. Pure: knows sizes and moments, not bytes.
+//! trailer. Names of native frames come when there is no next snapshot, and may have its share. Pure: knows sizes and moments, not bytes.
 
 use super::snapshot::{MOST_ROWS, SnapshotHead};
 use super::thin::{self, LEAST_KEPT, Moment};
@@ -21,6 +21,7 @@ pub struct Keep {
 pub(super) const EVENTS_SHARE: u64 = 4;
 pub(super) const LOG_SHARE: u64 = 5;
 pub(super) const SNAPSHOT_SHARE: u64 = 1;
+pub(super) const SYMBOLS_SHARE: u64 = 1;
 /// A snapshot has so many rows at least.
 pub(super) const LEAST_ROWS: usize = 64;
 
@@ -47,6 +48,8 @@ pub(super) struct Keeper {
     pub(super) kept: Vec<Kept>,
     /// Bytes of events chunks.
     pub(super) log_bytes: u64,
+    /// Bytes of symbols chunks.
+    pub(super) symbols_bytes: u64,
     /// The most rows of a snapshot.
     pub(super) rows: usize,
 }
@@ -54,7 +57,7 @@ pub(super) struct Keeper {
 impl Keeper {
     pub(super) fn new(keep: Keep) -> Self {
         let keep = Keep { snapshots: keep.snapshots.max(LEAST_KEPT), ..keep };
-        Self { keep, kept: Vec::new(), log_bytes: 0, rows: MOST_ROWS }
+        Self { keep, kept: Vec::new(), log_bytes: 0, symbols_bytes: 0, rows: MOST_ROWS }
     }
 
     pub(super) fn max_bytes(&self) -> u64 {

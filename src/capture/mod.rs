@@ -22,26 +22,32 @@ mod intern;
 mod keeper;
 mod live_set;
 mod mappings;
+mod native;
 mod output;
 mod predict;
 mod reader;
+mod reader_chunks;
 mod record;
+mod shown;
 mod site;
 mod snapshot;
 mod snapshot_columns;
 mod snapshot_parts;
 mod stack_table;
 mod stack_union;
+mod symbols;
 mod thin;
 mod totals;
 mod trailer;
 mod v1;
 mod v2;
 mod v3;
+mod v5;
 mod varint;
 mod weight;
 mod writer;
 mod writer_keeping;
+mod writer_native;
 
 pub use allocator::{AllocatorKind, Domain};
 pub use error::CaptureError;
@@ -53,16 +59,18 @@ pub use index::{
 pub use keeper::Keep;
 pub use live_set::{Block, Displaced, LiveSet};
 pub use mappings::Part;
-pub use reader::{CaptureReader, CutShort, Damage};
+pub use native::{ModuleId, NativeFrame, NativePlace};
+pub use reader::{CaptureReader, CutShort, Damage, Input};
 pub use record::{
     Allocation, DropReason, FrameId, Free, FreeUnknown, GapReason, NodeId, Record, StackId, StringId, Unmap,
 };
+pub use shown::{FrameView, ReadOptions, Symbolizer};
 pub use site::Site;
 pub use snapshot::{
     AGE_LIMITS, AGES, Age, MOST_ROWS, SiteState, Snapshot, SnapshotHead, SnapshotReason, age_class,
 };
 pub use snapshot_columns::{SnapshotPart, Wanted};
-pub use stack_table::{FrameText, StackTable, ThreadName};
+pub use stack_table::{FrameKind, FrameText, StackTable, ThreadName};
 pub use stack_union::{StackMap, StackUnion};
 pub use totals::Totals;
 pub(crate) use totals::{Certain, Sampled};

@@ -4,16 +4,17 @@
 //! hostile file gives an error, never a panic. Memory is two chunks (4 MiB), what is expected of the events of one
 //! (`predict`, 5.3 MiB) and the tables, which grow with the bytes of the definitions read (lz4 can hold 255 of them in
 //! one byte of the file).
-//! It knows chunks and documents; the records of each version are in a module of their own (`v1`, `v2`, `v3`).
+//! It knows chunks and documents; the records of each version are in a module of their own (`v1`, `v2`, `v3`, `v5`), and of what is
+//! shown of stacks with native frames, `shown` knows.
 
 use super::chunk::ChunkHeader;
 use super::error::CaptureError;
-use super::format::{
-    CHUNK_HEADER_LEN, FLAG_AGGREGATED, FLAG_SAMPLED, MAGIC, PREFIX_LEN, REQUIRED_FLAGS, VERSION, kind,
-};
+use super::format::{FLAG_AGGREGATED, FLAG_SAMPLED, MAGIC, PREFIX_LEN, REQUIRED_FLAGS, VERSION, kind};
 use super::gauges::{self, Gauges};
 use super::header::Header;
-use super::record::Record;
+use super::reader_chunks::{Found, fill, possible_bytes};
+use super::record::{Allocation, Record};
+use super::shown::{ReadOptions, Shown};
 use super::snapshot::{Snapshot, SnapshotHead};
 use super::snapshot_columns::{SnapshotPart, Wanted};
 use super::snapshot_parts::{Assembler, HEAD_LEN, Taken};
@@ -21,8 +22,13 @@ use super::stack_table::StackTable;
 use super::trailer::Trailer;
 use super::{v1, v2, v3};
 use std::fs::File;
-use std::io::{self, BufReader, Read};
+use std::io::{BufReader, Read, Seek};
 use std::path::{Path, PathBuf};
+
+/// What a capture is read from.
+pub trait Input: Read + Seek {}
+
+impl<T: Read + Seek> Input for T {}
 
 /// Where a file stops making sense.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -53,15 +59,17 @@ struct Suspect {
 /// Reads one capture. Iterate for the records; [`trailer`](Self::trailer), [`cut`](Self::cut) and
 /// [`damage`](Self::damage) are known once the iterator has ended.
 pub struct CaptureReader {
-    path: PathBuf,
-    input: Box<dyn Read>,
-    offset: u64,
+    pub(super) path: PathBuf,
+    pub(super) input: Box<dyn Input>,
+    pub(super) offset: u64,
     header: Header,
     tables: StackTable,
+    /// Of a capture with native frames: what is shown of `tables`.
+    shown: Option<Box<Shown>>,
     decoder: Decoder,
-    stored: Vec<u8>,
-    raw: Vec<u8>,
-    chunk_offset: u64,
+    pub(super) stored: Vec<u8>,
+    pub(super) raw: Vec<u8>,
+    pub(super) chunk_offset: u64,
     in_events: bool,
     /// What the chunk just read came to, other than events.
     waiting: Option<Record>,
@@ -100,33 +108,40 @@ impl Decoder {
     }
 }
 
-/// What was found where a chunk should be.
-enum Found {
-    Good(ChunkHeader),
-    /// Its lengths are possible, its checksum is wrong.
-    Bad(ChunkHeader),
-    /// The end of the file, on a chunk's border.
-    End,
-    /// No chunk, or a part of one.
-    Torn(&'static str),
-}
+/// The version from which there may be native frames.
+const NATIVE_SINCE: u16 = 5;
 
 impl CaptureReader {
     /// Opens a file and reads its header.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, CaptureError> {
+        Self::open_with(path, &ReadOptions::default())
+    }
+
+    /// The same, with a view of its stacks.
+    pub fn open_with(path: impl AsRef<Path>, options: &ReadOptions) -> Result<Self, CaptureError> {
         let path = path.as_ref();
         let file = File::open(path).map_err(|source| CaptureError::Open { path: path.to_owned(), source })?;
-        Self::from_input(path, Box::new(BufReader::new(file)))
+        Self::from_input_with(path, Box::new(BufReader::new(file)), options)
     }
 
     /// Reads a capture from anything; `name` stands for its path in errors.
-    pub fn from_input(name: impl AsRef<Path>, input: Box<dyn Read>) -> Result<Self, CaptureError> {
+    pub fn from_input(name: impl AsRef<Path>, input: Box<dyn Input>) -> Result<Self, CaptureError> {
+        Self::from_input_with(name, input, &ReadOptions::default())
+    }
+
+    /// The same, with a view of its stacks.
+    pub fn from_input_with(
+        name: impl AsRef<Path>,
+        input: Box<dyn Input>,
+        options: &ReadOptions,
+    ) -> Result<Self, CaptureError> {
         let mut reader = Self {
             path: name.as_ref().to_owned(),
             input,
             offset: 0,
             header: Header::default(),
             tables: StackTable::default(),
+            shown: None,
             decoder: Decoder::V1(v1::ChunkDecoder::new()),
             stored: Vec::new(),
             raw: Vec::new(),
@@ -142,8 +157,17 @@ impl CaptureReader {
             cut: None,
             damage: Damage::default(),
         };
-        reader.read_prefix()?;
+        let version = reader.read_prefix()?;
         reader.read_header()?;
+        if version >= NATIVE_SINCE && reader.header.native {
+            if let Decoder::V3(decoder) = &mut reader.decoder {
+                decoder.allow_native();
+            }
+            let symbols = reader.read_symbols()?;
+            reader.shown = Some(Box::new(Shown::new(options.clone(), symbols)));
+        } else if !options.view.python {
+            return Err(CaptureError::NoNative { path: reader.path });
+        }
         Ok(reader)
     }
 
@@ -157,14 +181,14 @@ impl CaptureReader {
         &self.header
     }
 
-    /// The tables as far as they were read.
+    /// The tables as far as they were read, with the stacks that are shown.
     pub fn stacks(&self) -> &StackTable {
-        &self.tables
+        self.shown.as_ref().map_or(&self.tables, |shown| shown.table())
     }
 
     /// Gives up the reader for its tables.
     pub fn into_stacks(self) -> StackTable {
-        self.tables
+        self.shown.map_or(self.tables, |shown| shown.into_table())
     }
 
     /// The snapshot that the last record told of, for the one who asks first.
@@ -213,7 +237,8 @@ impl CaptureReader {
         &self.damage
     }
 
-    fn read_prefix(&mut self) -> Result<(), CaptureError> {
+    /// Gives the version.
+    fn read_prefix(&mut self) -> Result<u16, CaptureError> {
         let not_a_capture = |why| CaptureError::NotACapture { path: self.path.clone(), why };
         let mut bytes = [0; PREFIX_LEN];
         let got = fill(&mut self.input, &mut bytes).map_err(|source| CaptureError::Read {
@@ -239,7 +264,7 @@ impl CaptureReader {
             1 => (Decoder::V1(v1::ChunkDecoder::new()), 0),
             2 => (Decoder::V2(v2::ChunkDecoder::new(flags & FLAG_SAMPLED != 0)), FLAG_SAMPLED),
             3 => (Decoder::V3(Box::new(v3::ChunkDecoder::new(flags & FLAG_SAMPLED != 0))), FLAG_SAMPLED),
-            4 => {
+            4 | 5 => {
                 let sampled = flags & FLAG_SAMPLED != 0;
                 (Decoder::V3(Box::new(v3::ChunkDecoder::new(sampled))), FLAG_SAMPLED | FLAG_AGGREGATED)
             }
@@ -252,7 +277,7 @@ impl CaptureReader {
             return Err(CaptureError::NewerFeatures { path: self.path.clone(), flags });
         }
         self.offset = PREFIX_LEN as u64;
-        Ok(())
+        Ok(version)
     }
 
     fn read_header(&mut self) -> Result<(), CaptureError> {
@@ -275,36 +300,6 @@ impl CaptureReader {
             Found::Torn(why) => why.to_owned(),
         };
         Err(CaptureError::BadHeader { path: self.path.clone(), why })
-    }
-
-    /// Reads one chunk's stored bytes. Nothing is reserved beyond the format's bounds.
-    fn read_chunk(&mut self) -> Result<Found, CaptureError> {
-        self.chunk_offset = self.offset;
-        let failed =
-            |path: &Path, offset, source| CaptureError::Read { path: path.to_owned(), offset, source };
-        let mut bytes = [0; CHUNK_HEADER_LEN];
-        let got = fill(&mut self.input, &mut bytes).map_err(|e| failed(&self.path, self.offset, e))?;
-        self.offset += got as u64;
-        if got == 0 {
-            return Ok(Found::End);
-        }
-        if got < bytes.len() {
-            return Ok(Found::Torn("the file ends within a chunk's header"));
-        }
-        let chunk = ChunkHeader::parse(&bytes);
-        if !chunk.is_plausible() {
-            return Ok(Found::Torn("there is no chunk where one should begin"));
-        }
-        self.stored.clear();
-        let got = (&mut self.input)
-            .take(chunk.stored_len as u64)
-            .read_to_end(&mut self.stored)
-            .map_err(|e| failed(&self.path, self.offset, e))?;
-        self.offset += got as u64;
-        if got < chunk.stored_len {
-            return Ok(Found::Torn("the file ends within a chunk"));
-        }
-        Ok(if chunk.matches(&self.stored) { Found::Good(chunk) } else { Found::Bad(chunk) })
     }
 
     /// Goes to the next events chunk, or to the end (`done`).
@@ -345,8 +340,17 @@ impl CaptureReader {
             kind::TRAILER => self.enter_trailer(),
             kind::SNAPSHOT => match self.assembler.take(&self.raw, self.tables.stack_count()) {
                 Ok(Taken::More) => {}
-                Ok(Taken::Part) => self.waiting = Some(Record::Snapshot),
-                Ok(Taken::Whole(snapshot)) => {
+                Ok(Taken::Part) => {
+                    if let Some(shown) = &mut self.shown {
+                        self.assembler.part_mut().map_stacks(|stack| shown.stack(stack));
+                    }
+                    self.waiting = Some(Record::Snapshot);
+                }
+                Ok(Taken::Whole(mut snapshot)) => {
+                    if let Some(shown) = &mut self.shown {
+                        snapshot.rows.iter_mut().for_each(|row| row.stack = shown.stack(row.stack));
+                        snapshot.settle();
+                    }
                     self.snapshot = Some(snapshot);
                     self.waiting = Some(Record::Snapshot);
                 }
@@ -380,9 +384,46 @@ impl CaptureReader {
     }
 
     fn lose(&mut self, offset: u64, chunks: u64, bytes: u64, why: &str) {
+        self.note_damage(offset, chunks, why);
+        self.tables.note_lost(bytes);
+    }
+
+    pub(super) fn note_damage(&mut self, offset: u64, chunks: u64, why: &str) {
         self.damage.chunks += chunks;
         self.damage.first.get_or_insert_with(|| CutShort { offset, why: why.to_owned() });
-        self.tables.note_lost(bytes);
+    }
+
+    /// A record as it is shown; `None` for a definition of the file's own, in place of which those of what is shown are told.
+    fn show(&mut self, record: Record) -> Result<Option<Record>, &'static str> {
+        let Some(shown) = &mut self.shown else { return Ok(Some(record)) };
+        match record {
+            Record::String(_) => Ok(None),
+            Record::Frame(_) | Record::Stack(_) => shown.follow(&self.tables).map(|()| None),
+            Record::Allocation(event) => {
+                Ok(Some(Record::Allocation(Allocation { stack: shown.stack(event.stack), ..event })))
+            }
+            Record::Thread(tid) => {
+                if let Some(name) = self.tables.thread(tid) {
+                    shown.name_thread(tid, name.clone());
+                }
+                Ok(Some(record))
+            }
+            _ => Ok(Some(record)),
+        }
+    }
+
+    /// The next record of the chunk; `None` at its end, and for what is not shown.
+    fn next_of_chunk(&mut self) -> Result<Option<Record>, &'static str> {
+        if let Some(definition) = self.shown.as_mut().and_then(|shown| shown.next_definition()) {
+            return Ok(Some(definition));
+        }
+        match self.decoder.next(&self.raw, &mut self.tables)? {
+            Some(record) => self.show(record),
+            None => {
+                self.in_events = false;
+                Ok(None)
+            }
+        }
     }
 
     fn end(&mut self, why: &str) {
@@ -402,9 +443,9 @@ impl Iterator for CaptureReader {
     fn next(&mut self) -> Option<Self::Item> {
         while !self.done {
             if self.in_events {
-                match self.decoder.next(&self.raw, &mut self.tables) {
+                match self.next_of_chunk() {
                     Ok(Some(record)) => return Some(Ok(record)),
-                    Ok(None) => self.in_events = false,
+                    Ok(None) => {}
                     Err(why) => {
                         self.in_events = false;
                         self.lose(self.chunk_offset, 1, self.raw.len() as u64, why);
@@ -419,25 +460,6 @@ impl Iterator for CaptureReader {
         }
         None
     }
-}
-
-/// What a chunk that can't be read may have held: no more than lz4 can put into its bytes.
-fn possible_bytes(chunk: &ChunkHeader) -> u64 {
-    (chunk.raw_len as u64).min(chunk.stored_len as u64 * 255)
-}
-
-/// Reads until `buf` is full or the input ends; gives the bytes read.
-fn fill(input: &mut dyn Read, buf: &mut [u8]) -> io::Result<usize> {
-    let mut got = 0;
-    while got < buf.len() {
-        match input.read(&mut buf[got..]) {
-            Ok(0) => break,
-            Ok(n) => got += n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(got)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::addr::RemoteAddr;
-use crate::capture::format::CHUNK_EVENTS;
+use crate::capture::format::{CHUNK_EVENTS, CHUNK_HEADER_LEN};
 use crate::capture::{
     Allocation, AllocatorKind, CaptureWriter, Counters, DropReason, EndReason, Free, FreeUnknown, GapReason,
     StackId, Unmap,
@@ -356,7 +356,7 @@ fn a_full_disk_is_an_error_and_then_the_writer_is_closed() {
     writer.allocation(malloc(1, 32, 1, StackId::EMPTY)).unwrap();
     let error = writer.flush().unwrap_err();
     assert!(
-        matches!(&error, CaptureError::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull)
+        matches!(&error, CaptureError::Write { source, .. } if source.kind() == std::io::ErrorKind::StorageFull)
     );
     assert!(error.to_string().contains("a.heaptap"));
     assert!(matches!(writer.allocation(malloc(1, 48, 1, StackId::EMPTY)), Err(CaptureError::Closed { .. })));

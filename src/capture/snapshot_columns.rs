@@ -95,6 +95,11 @@ impl SnapshotPart {
         &self.sites
     }
 
+    /// Puts others in place of the stacks. Rows may come to be of the same site.
+    pub(super) fn map_stacks(&mut self, mut map: impl FnMut(StackId) -> StackId) {
+        self.sites.iter_mut().for_each(|site| site.stack = map(site.stack));
+    }
+
     /// What is live of a row; `None` for nothing, and where it was not wanted.
     pub fn live(&self, row: usize) -> Option<&Totals> {
         self.live.at(row).filter(|totals| !totals.is_empty())

@@ -62,6 +62,11 @@ impl Assembler {
         &self.part
     }
 
+    /// The same, to be changed.
+    pub(super) fn part_mut(&mut self) -> &mut SnapshotPart {
+        &mut self.part
+    }
+
     /// Takes the next part, which may use stacks up to `stacks`. A part that does not go on where the last one ended begins a new
     /// snapshot or is an error; what was open then is lost.
     pub(super) fn take(&mut self, raw: &[u8], stacks: usize) -> Result<Taken, Broken> {

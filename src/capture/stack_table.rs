@@ -4,6 +4,7 @@
 //! its child's. Ids that were lost with a damaged chunk are holes, shown as such. Memory is bounded by
 //! the bytes of the definitions read, plus the holes that the lost bytes could account for.
 
+use super::native::{ModuleId, NativeFrame};
 use super::record::{FrameId, StackId, StringId};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
@@ -11,18 +12,35 @@ use std::collections::HashMap;
 const HOLE: u32 = u32::MAX;
 /// What stands for text that was lost.
 pub(super) const LOST: &str = "<lost>";
+/// What stands for native code before anybody looked up what it is called.
+const NATIVE: &str = "<native code>";
 /// The fewest bytes a definition takes: what a lost chunk may have defined at most.
 const SMALLEST_DEFINITION: u64 = 4;
+
+/// What runs a frame's code.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub enum FrameKind<'a> {
+    /// Python.
+    #[default]
+    Python,
+    /// The processor: C, C++, Rust or whatever else was compiled.
+    Native {
+        /// The path of the file that has the code; empty if none has.
+        library: &'a str,
+    },
+}
 
 /// A code location in words.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct FrameText<'a> {
     /// Qualified name of the function.
     pub function: &'a str,
-    /// Its file.
+    /// Its file. Of native code whose source is not known, the library. Empty where there is none: what such a frame says is no code.
     pub file: &'a str,
     /// The line; 0 if unknown.
     pub line: u32,
+    /// Whose it is.
+    pub kind: FrameKind<'a>,
 }
 
 /// A thread's names; empty if unknown.
@@ -35,10 +53,28 @@ pub struct ThreadName {
 }
 
 #[derive(Clone, Copy)]
-struct Frame {
-    function: StringId,
-    file: StringId,
-    line: u32,
+enum Frame {
+    Lost,
+    Python {
+        function: StringId,
+        file: StringId,
+        line: u32,
+    },
+    /// Its number in `native`.
+    Native(u32),
+    /// Of native code, with what it is called.
+    Named {
+        function: StringId,
+        file: StringId,
+        line: u32,
+        library: StringId,
+    },
+}
+
+#[derive(Clone)]
+struct Module {
+    path: Box<str>,
+    build_id: Box<[u8]>,
 }
 
 #[derive(Clone, Copy)]
@@ -54,6 +90,8 @@ pub struct StackTable {
     /// Start in `text`, length; length [`HOLE`] for a lost one.
     strings: Vec<(usize, u32)>,
     frames: Vec<Frame>,
+    native: Vec<NativeFrame>,
+    modules: Vec<Module>,
     /// Node `n` is at index `n - 1`.
     nodes: Vec<Node>,
     threads: HashMap<u32, ThreadName, RandomState>,
@@ -72,6 +110,10 @@ impl StackTable {
         self.frames.len()
     }
 
+    pub(super) fn string_count(&self) -> usize {
+        self.strings.len()
+    }
+
     /// A string.
     pub fn string(&self, id: StringId) -> &str {
         match self.strings.get(id.0 as usize) {
@@ -82,20 +124,28 @@ impl StackTable {
 
     /// A code location.
     pub fn frame(&self, id: FrameId) -> FrameText<'_> {
+        let text = |function, file, line, kind| FrameText { function, file, line, kind };
         match self.frames.get(id.0 as usize) {
-            Some(frame) if frame.function.0 != HOLE => FrameText {
-                function: self.string(frame.function),
-                file: self.string(frame.file),
-                line: frame.line,
-            },
-            _ => FrameText { function: LOST, file: LOST, line: 0 },
+            Some(&Frame::Python { function, file, line }) => {
+                text(self.string(function), self.string(file), line, FrameKind::Python)
+            }
+            Some(&Frame::Named { function, file, line, library }) => {
+                let kind = FrameKind::Native { library: self.string(library) };
+                text(self.string(function), self.string(file), line, kind)
+            }
+            Some(Frame::Native(_)) => text(NATIVE, "", 0, FrameKind::Native { library: "" }),
+            Some(Frame::Lost) | None => text(LOST, LOST, 0, FrameKind::Python),
         }
     }
 
     /// Ids of a location's function and file; `None` for a lost one. Equal ids are equal strings.
     pub fn frame_ids(&self, id: FrameId) -> Option<(StringId, StringId, u32)> {
-        let frame = self.frames.get(id.0 as usize).filter(|frame| frame.function.0 != HOLE)?;
-        Some((frame.function, frame.file, frame.line))
+        match *self.frames.get(id.0 as usize)? {
+            Frame::Python { function, file, line } | Frame::Named { function, file, line, .. } => {
+                Some((function, file, line))
+            }
+            Frame::Native(_) | Frame::Lost => None,
+        }
     }
 
     /// The innermost frame of a stack and the stack of its caller; `None` for the empty stack. A stack
@@ -116,6 +166,19 @@ impl StackTable {
             at = caller;
             Some(frame)
         })
+    }
+
+    /// A native frame as it was defined.
+    pub(super) fn native_frame(&self, id: FrameId) -> Option<NativeFrame> {
+        match self.frames.get(id.0 as usize)? {
+            Frame::Native(number) => self.native.get(*number as usize).copied(),
+            _ => None,
+        }
+    }
+
+    /// Path and build id of a module as they were defined.
+    pub(super) fn module(&self, id: ModuleId) -> (&str, &[u8]) {
+        self.modules.get(id.0 as usize).map_or((LOST, &[]), |module| (&module.path, &module.build_id))
     }
 
     /// A thread's names, if they were recorded.
@@ -146,12 +209,51 @@ impl StackTable {
     ) -> Result<(), &'static str> {
         let known = |string: StringId| (string.0 as usize) < self.strings.len();
         let defined = known(function) && known(file);
-        if function.0 == HOLE || !(defined || self.lost) {
+        if !(defined || self.lost) {
             return Err("a code location names a string that is not defined");
         }
-        let hole = Frame { function: StringId(HOLE), file: StringId(HOLE), line: 0 };
-        fill(&mut self.frames, id.0, hole, &mut self.holes_allowed)?;
-        self.frames.push(Frame { function, file, line });
+        fill(&mut self.frames, id.0, Frame::Lost, &mut self.holes_allowed)?;
+        self.frames.push(Frame::Python { function, file, line });
+        Ok(())
+    }
+
+    /// A native frame with what it is called.
+    pub(super) fn define_named_frame(
+        &mut self,
+        id: FrameId,
+        (function, file, line): (StringId, StringId, u32),
+        library: StringId,
+    ) -> Result<(), &'static str> {
+        fill(&mut self.frames, id.0, Frame::Lost, &mut self.holes_allowed)?;
+        self.frames.push(Frame::Named { function, file, line, library });
+        Ok(())
+    }
+
+    pub(super) fn define_module(
+        &mut self,
+        id: ModuleId,
+        path: &str,
+        build_id: &[u8],
+    ) -> Result<(), &'static str> {
+        let lost = Module { path: LOST.into(), build_id: Box::default() };
+        fill(&mut self.modules, id.0, lost, &mut self.holes_allowed)?;
+        self.modules.push(Module { path: path.into(), build_id: build_id.into() });
+        Ok(())
+    }
+
+    pub(super) fn define_native_frame(
+        &mut self,
+        id: FrameId,
+        frame: NativeFrame,
+    ) -> Result<(), &'static str> {
+        let defined = |module: ModuleId| (module.0 as usize) < self.modules.len();
+        if !(frame.module.is_none_or(defined) || self.lost) {
+            return Err("a native frame names a module that is not defined");
+        }
+        fill(&mut self.frames, id.0, Frame::Lost, &mut self.holes_allowed)?;
+        // There are no more of these than of frames, whose ids are 32 bits.
+        self.frames.push(Frame::Native(self.native.len() as u32));
+        self.native.push(frame);
         Ok(())
     }
 
@@ -178,9 +280,9 @@ impl StackTable {
         self.threads.insert(tid, name);
     }
 
-    /// Whether an event may name this stack.
+    /// Whether an event may name this stack: one that is defined, or that a lost chunk may have defined.
     pub(super) fn has_stack(&self, stack: StackId) -> bool {
-        (stack.0 as usize) <= self.nodes.len() || self.lost
+        u64::from(stack.0) <= (self.nodes.len() as u64).saturating_add(self.holes_allowed)
     }
 }
 

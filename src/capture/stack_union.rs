@@ -5,7 +5,7 @@
 
 use super::intern::{Full, Interned, Interner};
 use super::record::{FrameId, StackId, StringId};
-use super::stack_table::{LOST, StackTable, ThreadName};
+use super::stack_table::{FrameKind, FrameText, LOST, StackTable, ThreadName};
 
 /// See the module.
 #[derive(Default)]
@@ -30,32 +30,11 @@ impl StackMap {
 impl StackUnion {
     /// Adds every stack of `other`, below `root` (the empty stack for none). Errors name what there are more of than 32-bit ids.
     pub fn add(&mut self, other: &StackTable, root: StackId) -> Result<StackMap, &'static str> {
-        self.add_all(other, root).map_err(|Full(what)| what)
-    }
-
-    /// A stack of one frame.
-    pub fn root(&mut self, function: &str) -> Result<StackId, &'static str> {
-        let frame = self.frame(function, "", 0).map_err(|Full(what)| what)?;
-        self.node(StackId::EMPTY, frame).map_err(|Full(what)| what)
-    }
-
-    /// Names a thread of the union.
-    pub fn name_thread(&mut self, tid: u32, name: ThreadName) {
-        self.table.define_thread(tid, name);
-    }
-
-    /// All that was added.
-    pub fn into_table(self) -> StackTable {
-        self.table
-    }
-
-    fn add_all(&mut self, other: &StackTable, root: StackId) -> Result<StackMap, Full> {
         let mut frames = Vec::with_capacity(other.frame_count());
         for id in 0..other.frame_count() {
-            let text = other.frame(FrameId(id as u32));
-            frames.push(self.frame(text.function, text.file, text.line)?);
+            frames.push(self.frame(other.frame(FrameId(id as u32)))?);
         }
-        let lost_frame = self.frame(LOST, LOST, 0)?;
+        let lost_frame = self.frame(python(LOST, LOST, 0))?;
         let lost = self.node(root, lost_frame)?;
         let mut stacks = vec![root];
         for id in 1..=other.stack_count() {
@@ -68,36 +47,68 @@ impl StackUnion {
         Ok(StackMap { stacks, lost })
     }
 
-    fn string(&mut self, text: &str) -> Result<StringId, Full> {
-        Ok(match self.interner.string(text)? {
-            Interned::Known(id) => id,
-            Interned::New(id) => {
-                self.table.define_string(id, text).map_err(Full)?;
-                id
-            }
+    /// A stack of one frame.
+    pub fn root(&mut self, function: &str) -> Result<StackId, &'static str> {
+        let frame = self.frame(python(function, "", 0))?;
+        self.node(StackId::EMPTY, frame)
+    }
+
+    /// Names a thread of the union.
+    pub fn name_thread(&mut self, tid: u32, name: ThreadName) {
+        self.table.define_thread(tid, name);
+    }
+
+    /// What was added so far.
+    pub(super) fn table(&self) -> &StackTable {
+        &self.table
+    }
+
+    /// All that was added.
+    pub fn into_table(self) -> StackTable {
+        self.table
+    }
+
+    fn string(&mut self, text: &str) -> Result<StringId, &'static str> {
+        let interned = self.interner.string(text);
+        self.defined(interned, |table, id| table.define_string(id, text))
+    }
+
+    /// The frame with this text.
+    pub(super) fn frame(&mut self, text: FrameText<'_>) -> Result<FrameId, &'static str> {
+        let (function, file, line) = (self.string(text.function)?, self.string(text.file)?, text.line);
+        let library = match text.kind {
+            FrameKind::Python => None,
+            FrameKind::Native { library } => Some(self.string(library)?),
+        };
+        let interned = self.interner.named_frame((function, file, line, library));
+        self.defined(interned, |table, id| match library {
+            None => table.define_frame(id, function, file, line),
+            Some(library) => table.define_named_frame(id, (function, file, line), library),
         })
     }
 
-    fn frame(&mut self, function: &str, file: &str, line: u32) -> Result<FrameId, Full> {
-        let (function, file) = (self.string(function)?, self.string(file)?);
-        Ok(match self.interner.frame(function, file, line)? {
-            Interned::Known(id) => id,
-            Interned::New(id) => {
-                self.table.define_frame(id, function, file, line).map_err(Full)?;
-                id
-            }
-        })
+    /// The stack that is `caller` with `frame` on top.
+    pub(super) fn node(&mut self, caller: StackId, frame: FrameId) -> Result<StackId, &'static str> {
+        let interned = self.interner.node(caller, frame);
+        self.defined(interned, |table, id| table.define_node(id, caller, frame))
     }
 
-    fn node(&mut self, caller: StackId, frame: FrameId) -> Result<StackId, Full> {
-        Ok(match self.interner.node(caller, frame)? {
-            Interned::Known(id) => id,
-            Interned::New(id) => {
-                self.table.define_node(id, caller, frame).map_err(Full)?;
-                id
-            }
-        })
+    /// An id, which the table is told of if it is new.
+    fn defined<T: Copy>(
+        &mut self,
+        interned: Result<Interned<T>, Full>,
+        define: impl FnOnce(&mut StackTable, T) -> Result<(), &'static str>,
+    ) -> Result<T, &'static str> {
+        match interned {
+            Ok(Interned::Known(id)) => Ok(id),
+            Ok(Interned::New(id)) => define(&mut self.table, id).map(|()| id),
+            Err(Full(what)) => Err(what),
+        }
     }
+}
+
+fn python<'a>(function: &'a str, file: &'a str, line: u32) -> FrameText<'a> {
+    FrameText { function, file, line, kind: FrameKind::Python }
 }
 
 #[cfg(test)]
@@ -111,7 +122,7 @@ mod tests {
         for at in order {
             let mut id = StackId::EMPTY;
             for (function, line) in stacks[*at] {
-                let frame = union.frame(function, "a.py", *line).unwrap();
+                let frame = union.frame(python(function, "a.py", *line)).unwrap();
                 id = union.node(id, frame).unwrap();
             }
             ids[*at] = id;

@@ -130,6 +130,12 @@ pub struct Counters {
     /// The most memory that heaptap itself had resident, in bytes.
     #[serde(skip_serializing_if = "is_zero")]
     pub controller_peak_bytes: u64,
+    /// Distinct stacks that were taken with their native frames.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub native_stacks: u64,
+    /// Of these, cut short: the code does not tell who called it.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub native_cut: u64,
 }
 
 /// Counters that came later are left out where there is nothing to count, as in the files before them.

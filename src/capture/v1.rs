@@ -24,8 +24,10 @@ pub(super) struct ChunkDecoder {
     tid: Option<u32>,
     time: u64,
     next_string: u32,
-    next_frame: u32,
+    pub(super) next_frame: u32,
     next_node: u32,
+    /// For what version 5 adds (`v5`).
+    pub(super) next_module: u32,
     allocations: usize,
     recent: Box<[u64; RECENT_ADDRESSES]>,
 }
@@ -41,6 +43,7 @@ impl ChunkDecoder {
             next_string: 0,
             next_frame: 0,
             next_node: 0,
+            next_module: 0,
             allocations: 0,
             recent: Box::new([0; RECENT_ADDRESSES]),
         }
@@ -233,14 +236,14 @@ fn shifted(from: u32, delta: i64) -> Option<u32> {
     u32::try_from(i64::from(from).checked_add(delta)?).ok()
 }
 
-fn defined(cursor: &mut Cursor<'_>, next: &mut u32) -> Result<u32, Broken> {
+pub(super) fn defined(cursor: &mut Cursor<'_>, next: &mut u32) -> Result<u32, Broken> {
     let delta = cursor.signed().ok_or(ENDED)?;
     let id = shifted(*next, delta).ok_or("an id is out of range")?;
     *next = id.wrapping_add(1);
     Ok(id)
 }
 
-fn text<'a>(cursor: &mut Cursor<'a>) -> Result<&'a str, Broken> {
+pub(super) fn text<'a>(cursor: &mut Cursor<'a>) -> Result<&'a str, Broken> {
     let len = cursor.varint().ok_or(ENDED)?;
     let bytes = cursor.take(len).ok_or(ENDED)?;
     std::str::from_utf8(bytes).map_err(|_| "a string is not UTF-8")

@@ -1,6 +1,6 @@
-//! Version 3: columns, and events that are told by what was expected (`predict`).
+//! Versions 3 to 5: columns, and events that are told by what was expected (`predict`).
 //!
-//! Pure and as mistrustful as `v1`, which decodes what is no event.
+//! Pure and as mistrustful as `v1`, which decodes what is no event; `v5` has what version 5 adds to that.
 
 use super::format::{CHUNK_EVENTS, TIME_UNIT_NS, control, place, tag};
 use super::predict::{Expected, Place, Predictor, Shape, class};
@@ -23,6 +23,8 @@ pub(super) struct ChunkDecoder {
     time: u64,
     /// Whether the file says that it has samples.
     sampled: bool,
+    /// Whether it says that it has native frames.
+    native: bool,
     /// Decodes what is no event, and knows the thread.
     records: v1::ChunkDecoder,
 }
@@ -68,8 +70,14 @@ impl ChunkDecoder {
             interval: 0,
             time: 0,
             sampled,
+            native: false,
             records: v1::ChunkDecoder::new(),
         }
+    }
+
+    /// From now on there may be native frames.
+    pub(super) fn allow_native(&mut self) {
+        self.native = true;
     }
 
     /// Starts the next chunk.
@@ -124,6 +132,9 @@ impl ChunkDecoder {
                 let expected = self.predictor.expected();
                 let shape = shape(first, &expected, raw, &mut self.columns)?;
                 Some(self.event(shape, &expected, raw, tables)?)
+            }
+            control::MODULE | control::NATIVE_FRAME if self.native => {
+                self.records.native(first, &mut cursor, tables)?.map(Record::Frame)
             }
             control::OTHERS.. => {
                 self.records.other(first - control::OTHERS + tag::STRING, &mut cursor, tables)?

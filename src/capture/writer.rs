@@ -39,6 +39,8 @@ pub struct CaptureWriter {
     pub(super) output: Output,
     /// Whether the file says that allocations may be samples.
     sampled: bool,
+    /// Whether it says that there are native frames.
+    pub(super) native: bool,
     /// Whether there is an event log. Without one, events are only counted.
     pub(super) logs_events: bool,
     pub(super) encoder: ChunkEncoder,
@@ -56,7 +58,8 @@ pub struct CaptureWriter {
 impl CaptureWriter {
     /// Creates `path` (mode 0600) and writes the header. An existing file is an error unless `force`,
     /// and anything but a regular file or `/dev/null` is an error always. Samples can be written only if the
-    /// header has a `sampling_mean_bytes`, and no events if it says `aggregated`: they are counted then.
+    /// header has a `sampling_mean_bytes`, native frames only if it says `native`, and no events if it says `aggregated`: they are
+    /// counted then.
     pub fn create(path: impl AsRef<Path>, force: bool, header: &Header) -> Result<Self, CaptureError> {
         let path = path.as_ref().to_owned();
         let document =
@@ -65,6 +68,7 @@ impl CaptureWriter {
         let mut writer = Self {
             output: Output::new(path, file),
             sampled: header.sampling_mean_bytes.is_some(),
+            native: header.native,
             logs_events: !header.aggregated,
             encoder: ChunkEncoder::new(),
             interner: Interner::default(),
@@ -346,7 +350,7 @@ impl CaptureWriter {
         self.output.check()
     }
 
-    fn full(&mut self, Full(what): Full) -> CaptureError {
+    pub(super) fn full(&mut self, Full(what): Full) -> CaptureError {
         CaptureError::TooMany { path: self.output.path().to_owned(), what }
     }
 

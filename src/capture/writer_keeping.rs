@@ -163,6 +163,11 @@ impl CaptureWriter {
         if self.make_room(self.output.waiting_bytes(), 0) { self.output.write_waiting() } else { Ok(()) }
     }
 
+    /// Whether so many bytes that are no snapshot can be written now, rather than wait.
+    pub(super) fn has_room_for(&mut self, bytes: u64) -> bool {
+        self.keeping.is_none() || !self.output.is_waiting() && self.make_room(bytes, 0)
+    }
+
     /// Rewrites the file without some of its snapshots if `extra` bytes (`snapshots` more of them) would be too much. Whether
     /// there is room now.
     fn make_room(&mut self, extra: u64, snapshots: usize) -> bool {
@@ -248,7 +253,12 @@ impl CaptureWriter {
         let string = |text| self.interner.known_string(&cut(text, MAX_STRING_LEN));
         let frame =
             string(function).zip(string(file)).and_then(|(f, file)| self.interner.known_frame(f, file, line));
-        frame.or(self.keeping.as_ref().map(|keeping| keeping.not_kept.0)).unwrap_or(FrameId(0))
+        frame.unwrap_or_else(|| self.frame_not_kept())
+    }
+
+    /// The frame for those that have no id; where there is none such, an id that no frame has.
+    pub(super) fn frame_not_kept(&self) -> FrameId {
+        self.keeping.as_ref().map_or(FrameId(u32::MAX), |keeping| keeping.not_kept.0)
     }
 
     /// The same for a stack.

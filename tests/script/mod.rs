@@ -1,9 +1,10 @@
 //! A capture made from a fixed script of events, and the tools to run heaptap on files.
 //!
-//! The scripts are what the golden captures were made from, [`shop`] `v1.heaptap`, [`shop_sampled`] `v2.heaptap` and
-//! [`shop_snapshots`] `v4.heaptap`: they may not change, only grow siblings.
+//! The scripts are what the golden captures were made from, [`shop`] `v1.heaptap`, [`shop_sampled`] `v2.heaptap`,
+//! [`shop_snapshots`] `v4.heaptap` and [`native::shop_native`] `v5.heaptap`: they may not change, only grow siblings.
 #![allow(dead_code)] // each test binary uses a part of this
 
+pub mod native;
 pub mod use_up;
 
 use assert_cmd::Command;
@@ -53,6 +54,7 @@ pub fn header() -> Header {
         sampling_seed: None,
         max_cpu_percent: None,
         aggregated: false,
+        native: false,
         snapshot_every_ns: None,
         entry_points: vec![EntryPoint {
             name: "malloc".into(),

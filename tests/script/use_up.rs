@@ -71,13 +71,19 @@ fn compare(bytes: &[u8]) {
 
 /// `events` as the content of a chunk with a right checksum, after a right header of a sampled capture.
 pub fn with_events(events: &[u8]) -> Vec<u8> {
+    with_chunks(false, &[(2, events)])
+}
+
+/// Chunks (kind and content) with right checksums, after a right header of a sampled capture.
+pub fn with_chunks(native: bool, chunks: &[(u8, &[u8])]) -> Vec<u8> {
     let mut bytes = MAGIC.to_vec();
     bytes.extend(VERSION.to_le_bytes());
     bytes.extend(FLAG_SAMPLED.to_le_bytes());
     bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
-    for (kind, content) in [(1u8, &br#"{"sampling_mean_bytes": 1024}"#[..]), (2, events)] {
+    let header = format!(r#"{{"sampling_mean_bytes": 1024, "native": {native}}}"#);
+    for (kind, content) in [(1, header.as_bytes())].iter().chain(chunks) {
         let len = (content.len() as u32).to_le_bytes();
-        let header = [&[kind, 0][..], &len, &len].concat();
+        let header = [&[*kind, 0][..], &len, &len].concat();
         let mut hasher = crc32fast::Hasher::new();
         hasher.update(&header);
         hasher.update(content);
