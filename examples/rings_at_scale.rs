@@ -206,7 +206,7 @@ fn run(events: u64, live_blocks: usize, stage: &str) -> Result<(), Box<dyn Error
     let mut agent = Agent::new(server.stacks.clone());
     let header = Header { pid: 4242, page_size: 4096, ..Header::default() };
     let mut recorder = Recorder {
-        merger: Merger::new(agent.file.rings(), Told::new(LineTableFormat::Locations), true),
+        merger: Merger::new(agent.file.rings(), Told::new(LineTableFormat::Locations, None), true),
         translator: Translator::default(),
         ledger: Ledger::new(CaptureWriter::create("/dev/null", true, &header)?, 4096),
     };

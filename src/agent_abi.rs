@@ -14,7 +14,7 @@
 
 /// Version of everything in this file. A controller that finds another in a target only passes its hooks through and
 /// removes them.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// First word of [`State::magic`].
 pub const STATE_MAGIC: u64 = u64::from_le_bytes(*b"htstate\x01");
@@ -119,6 +119,10 @@ pub struct State {
     pub tid_offset: u64,
     /// How Python stacks are walked.
     pub python: PythonFacts,
+    /// Address of the [`Directory`] of the code that native stacks are walked by; 0: they are not.
+    pub native: u64,
+    /// Where the main thread's stack ends.
+    pub stack_end: u64,
     /// Return addresses that mark a call to the mmap family as an allocator's own: [first, last] pairs, zero ends.
     pub internal_callers: [[u64; 2]; INTERNAL_CALLERS],
     /// Threads for which there was no slot or that could not be told: calls passed through.
@@ -145,7 +149,57 @@ pub struct State {
     pub codes_seen: [u64; CODES_SEEN],
     /// How many code objects that hash here were deallocated.
     pub code_generations: [u32; CODE_GENERATIONS],
+    /// Of each slot's thread: the part of its stack that is known to be readable.
+    pub stack_bounds: [StackBounds; SLOTS],
 }
+
+/// Where native stacks' code and its unwind rows lie behind the state, in memory that is mapped with it.
+pub const NATIVE_AT: usize = size_of::<State>().next_multiple_of(4096);
+
+/// A part of a stack that is readable as long as its thread lives: none of it is empty.
+#[repr(C)]
+pub struct StackBounds {
+    /// First byte.
+    pub low: u64,
+    /// One past the last.
+    pub high: u64,
+}
+
+/// The code of a process by ascending address: this, and [`CodeRange`]s behind it. The controller writes a new one for whatever changes,
+/// and never over one that a thread may be reading.
+#[repr(C)]
+pub struct Directory {
+    /// Ranges.
+    pub count: u64,
+}
+
+/// A range of code, all of one file.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CodeRange {
+    /// First byte.
+    pub start: u64,
+    /// One past the last.
+    pub end: u64,
+    /// What is taken off an address to get the file's.
+    pub bias: u64,
+    /// Address of the file's rows: pairs of u32, the file's address from which on a rule holds, and the
+    /// [`Rule`](crate::unwind_abi::Rule).
+    pub rows: u64,
+    /// Address of a u32 for each block of [`BLOCK`] bytes, and one more: the row that holds where the block begins.
+    pub index: u64,
+    /// Where the first block begins: the first row's address.
+    pub first: u32,
+    /// Blocks; 0 for a file without rows.
+    pub blocks: u32,
+    /// The rule for all of a file without rows.
+    pub rule: u32,
+    /// Not used.
+    pub reserved: u32,
+}
+
+/// Bytes of code that one entry of an index stands for.
+pub const BLOCK: u32 = 256;
 
 /// Flags of [`State::flags`].
 pub mod may {
@@ -286,12 +340,16 @@ pub mod record {
     /// back counts.
     pub const END: u8 = 7;
     /// `[_, hash, count, (code, packed) × count]`: the frames behind a stack's hash, innermost first. packed: byte offset
-    /// of the instruction (i32, see the controller's `RawFrame`) in the low half, generation in the upper. The count's bit 63:
-    /// deeper frames were left out.
+    /// of the instruction (i32, see the controller's `RawFrame`) in the low half, generation in the upper. The code's bit 0: a call of
+    /// the interpreter's loop began with this frame. The count's bit 63: deeper frames were left out.
     pub const STACK: u8 = 8;
     /// `[_, code, generation | part << 32, total, offset | len << 32, bytes…]`: a piece of a code object's text, see
     /// [`super::part`]. `total` is the whole part's length in bytes.
     pub const CODE: u8 = 9;
+    /// `[_, hash, count, address × count]`: the native frames that belong to a stack, told before its STACK, innermost first: addresses
+    /// within the instructions that they execute. The count's bit 63: the last one's code does not tell who called it; bit 62:
+    /// more frames were left out.
+    pub const NATIVE: u8 = 12;
     /// `[_, tid]`: the records that follow in this ring are this thread's.
     pub const THREAD: u8 = 10;
     /// `[_, stamp]`: the time (time stamp counter) of the records that follow in this ring. Coarse: it moves with the
@@ -324,6 +382,12 @@ pub mod part {
 
 /// Frames of a stack that are kept; see the trap kind.
 pub const MAX_DEPTH: usize = 1024;
+/// Native frames of a stack that are kept.
+pub const MAX_NATIVE_DEPTH: usize = 2 * MAX_DEPTH;
+/// Flag of [`record::NATIVE`]: cut short.
+pub const NATIVE_CUT: u64 = 1 << 63;
+/// Flag of [`record::NATIVE`]: frames were left out.
+pub const NATIVE_DEEPER: u64 = 1 << 62;
 
 /// How a thread's own state is found: [`PythonFacts::own_state`].
 pub mod own_state {
@@ -339,7 +403,8 @@ pub mod own_state {
     pub const DYNAMIC: u32 = 4;
 }
 
-/// How frames hang together: [`PythonFacts::chain`].
+/// How frames hang together: [`PythonFacts::chain`]. A call of the interpreter's loop is one frame object, or all frames up to one that
+/// says so ([`PythonFacts::is_entry`]) or to a shim.
 pub mod chain {
     /// `tstate.frame`, then `f_back`.
     pub const FRAME_OBJECT: u32 = 0;
@@ -388,6 +453,8 @@ pub struct PythonFacts {
     pub owner: u32,
     /// Owners from this on run no Python code; 256 for none.
     pub shim_owner: u32,
+    /// Of a frame: one byte, not 0 where a call of the interpreter's loop began with it. Without: see [`chain`].
+    pub is_entry: u32,
     /// Bits that are masked off a frame's pointer to its code.
     pub code_mask: u32,
     /// Of any object: its type.
@@ -451,6 +518,7 @@ impl PythonFacts {
         put(core::mem::offset_of!(Self, lasti_unit), &self.lasti_unit.to_le_bytes());
         put(core::mem::offset_of!(Self, owner), &self.owner.to_le_bytes());
         put(core::mem::offset_of!(Self, shim_owner), &self.shim_owner.to_le_bytes());
+        put(core::mem::offset_of!(Self, is_entry), &self.is_entry.to_le_bytes());
         put(core::mem::offset_of!(Self, code_mask), &self.code_mask.to_le_bytes());
         put(core::mem::offset_of!(Self, ob_type), &self.ob_type.to_le_bytes());
         put(core::mem::offset_of!(Self, bytecode), &self.bytecode.to_le_bytes());

@@ -5,23 +5,11 @@ mod common;
 
 use common::snapshot::assert_left_no_trace;
 use common::truth::Truth;
-use common::{FamilyRecording, Python, Recording, Snapshot, Target, for_each_python, skipped};
+use common::{FamilyRecording, Python, Recording, Snapshot, Target, environment, for_each_python, skipped};
 use nix::sys::signal::Signal;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-
-fn environment(python: &Python, packages: &[&str]) -> Result<PathBuf, String> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/test-environment");
-    let output =
-        Command::new(script).arg(&python.command).args(packages).output().map_err(|e| e.to_string())?;
-    if output.status.success() {
-        Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
-    } else {
-        Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
-    }
-}
+use std::path::Path;
 
 fn serves(framework: &str, packages: &[&str]) {
     let has_wheels =

@@ -29,7 +29,7 @@ fn stacks(pid: i32) -> BTreeMap<i32, Stack> {
     let maps = maps::mappings(pid).unwrap();
     let mut modules = modules(pid, &maps, &memory).unwrap();
     modules.extend(vdso(&maps, &memory));
-    let tables = Tables::of(&modules);
+    let tables = Tables::of(modules);
     let mut inferior = Inferior::seize(pid).unwrap();
     inferior.stop_to_attach().unwrap();
     let mut found = BTreeMap::new();
@@ -80,17 +80,27 @@ fn is_gdbs(python: &Python) -> bool {
     python.libc == "glibc" && python.root.is_none() && !python.name.starts_with("embed")
 }
 
-/// Compares the stacks of a process that does not run.
-fn compare(interpreter: &Python, pid: i32) {
+/// Compares the stacks of a process that does not run. How many there are, and how many of them are cut short in their first frame.
+fn compare(interpreter: &Python, pid: i32) -> (usize, usize) {
     let ours = stacks(pid);
-    let Some(gdbs) = gdbs_stacks(pid) else { return missing("gdb") };
+    let Some(gdbs) = gdbs_stacks(pid) else {
+        missing("gdb");
+        return (0, 0);
+    };
+    let mut cut = 0;
     assert_eq!(ours.keys().collect::<Vec<_>>(), gdbs.keys().collect::<Vec<_>>());
     for (tid, expected) in &gdbs {
         let expected: Vec<RemoteAddr> = expected.iter().map(|pc| RemoteAddr(*pc)).collect();
         let found = &ours[tid];
+        // Assembly without unwind data that a thread stands in: gdb guesses that its caller is what the stack pointer points to.
+        if found.ended == Ended::Cut && found.frames == expected[..1] {
+            cut += 1;
+            continue;
+        }
         assert_eq!(found.frames, expected, "{}: thread {tid}, {:?}", interpreter.name, found.ended);
         assert_eq!(found.ended, Ended::Whole, "{}: thread {tid}", interpreter.name);
     }
+    (gdbs.len(), cut)
 }
 
 #[test]
@@ -100,7 +110,7 @@ fn every_frame_is_where_gdb_finds_it() {
             let mut program = Program::start(interpreter, name);
             program.line();
             let before = Snapshot::take(program.pid());
-            compare(interpreter, program.pid());
+            assert_eq!(compare(interpreter, program.pid()).1, 0, "cut short where threads wait");
             assert_eq!(before.differences(program.pid()), Vec::<String>::new(), "a trace was left");
         }
     });
@@ -116,15 +126,23 @@ fn threads_stopped_anywhere_have_the_frames_that_gdb_finds() {
         program.line();
         let pid = Pid::from_raw(program.pid());
         let (mut random, mut before) = (Random(7), None);
+        let (mut all, mut cut) = (0, 0);
         for _ in 0..stops {
             std::thread::sleep(Duration::from_micros(random.next() % 5000));
             kill(pid, Signal::SIGSTOP).unwrap();
             until_stopped(program.pid());
             let before = before.get_or_insert_with(|| Snapshot::take(program.pid()));
-            compare(interpreter, program.pid());
+            let (stacks, of_them_cut) = compare(interpreter, program.pid());
+            (all, cut) = (all + stacks, cut + of_them_cut);
             assert_eq!(before.differences(program.pid()), Vec::<String>::new(), "a trace was left");
             kill(pid, Signal::SIGCONT).unwrap();
         }
+        println!(
+            "{}: {all} stacks as gdb finds them, {cut} of them cut in their first frame",
+            interpreter.name
+        );
+        // A thread that does nothing but compute a hash stands in such assembly most of its time.
+        assert!(cut <= 2 + all / 10, "{cut} of {all}");
     });
 }
 

@@ -39,6 +39,8 @@ fn panics_with(jump: Option<JumpOptions>) {
         force: false,
         duration: None,
         python_allocators: false,
+        native: false,
+        bundle_symbols: true,
         unsafe_trap: false,
         jump,
         snapshots: None,

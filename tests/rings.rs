@@ -10,7 +10,7 @@ mod writer;
 use heaptap::addr::RemoteAddr;
 use heaptap::agent_abi::{function, record};
 use heaptap::capture::{CaptureWriter, Header, StackId};
-use heaptap::probe::ring_record::{CodePiece, Definitions, ToldFrame, What};
+use heaptap::probe::ring_record::{CodePiece, Definitions, NativeEnd, ToldFrame, What};
 use heaptap::recorder::ledger::{Ledger, Origin};
 use heaptap::recorder::merge::{GIVEN_UP_AFTER, MARGIN, Merger};
 use heaptap::recorder::translate::Translator;
@@ -23,6 +23,7 @@ struct Nothing;
 
 impl Definitions for Nothing {
     fn stack(&mut self, _: u64, _: impl ExactSizeIterator<Item = ToldFrame>, _: bool) {}
+    fn native(&mut self, _: u64, _: impl ExactSizeIterator<Item = u64>, _: NativeEnd) {}
     fn code(&mut self, _: CodePiece<'_>) {}
 }
 

@@ -84,9 +84,10 @@ def by_workload(cells, figure, chosen, form="{:.2f}"):
 
 def added_share(cells):
     """Time that heaptap adds to a step, in parts of what memray adds."""
-    loads = [name for name in workloads.WORKLOADS if f"{name}/memray" in cells.results]
+    loads = [name for name in workloads.WORKLOADS if any(f"{name}/{peer}" in cells.results for peer in variants.MEMRAY)]
     rows = []
-    for variant, peer in (("sampled", "memray"), ("exact", "memray"), ("exact-python", "memray-python")):
+    for variant, peer in (("sampled", "memray"), ("exact", "memray"), ("exact-python", "memray-python"),
+                          ("sampled-native", "memray-native"), ("exact-native", "memray-native")):
         row = [f"{variants.TITLES[variant]} / {variants.TITLES[peer]}"]
         for load in loads:
             ours, theirs = (cells.median(f"{load}/{name}", slowdown) for name in (variant, peer))

@@ -15,20 +15,25 @@ HEAPTAP = {
     "sampled": [],
     "exact": ["--exact"],
     "exact-python": ["--exact", "--python-allocators"],
+    "sampled-native": ["--native"],
+    "exact-native": ["--exact", "--native"],
     "trap": ["--breakpoints", "trap"],
 }
-MEMRAY = {"memray": [], "memray-python": ["--trace-python-allocators"]}
+MEMRAY = {"memray": [], "memray-python": ["--trace-python-allocators"], "memray-native": ["--native"]}
 TITLES = {
     "bare": "nothing attached",
     "sampled": "heaptap, sampled",
     "exact": "heaptap --exact",
     "exact-python": "heaptap --exact --python-allocators",
+    "sampled-native": "heaptap, sampled, --native",
+    "exact-native": "heaptap --exact --native",
     "trap": "heaptap --breakpoints trap",
     "memray": "memray attach",
     "memray-python": "memray attach --trace-python-allocators",
+    "memray-native": "memray attach --native",
     "tracemalloc": "tracemalloc, 1 frame",
 }
-USUAL = [name for name in TITLES if name != "trap"]
+USUAL = [name for name in TITLES if name != "trap" and not name.endswith("-native")]
 
 
 class Tools:

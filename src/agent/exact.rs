@@ -28,7 +28,7 @@ pub unsafe extern "C" fn malloc_exact(size: u64, descriptor: *const Descriptor, 
     if (&raw const (*state).enabled).read_volatile() != 0 {
         busy(slot, rsp);
         if let Some(ring) = ring::acquire(state, slot) {
-            let stack = if address == 0 { Some(0) } else { stacks::current(state, ring) };
+            let stack = if address == 0 { Some(0) } else { stacks::current(state, slot, ring, core::ptr::null()) };
             if let Some(stack) = stack {
                 ring.push_event(record::ALLOC, function::MALLOC, address, &[address, size, stack]);
             }

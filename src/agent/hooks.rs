@@ -5,7 +5,9 @@
 //! left by longjmp or cancellation from one that is. free and, when sampled, small mallocs are passed on by a jump: they leave
 //! nothing on the stack, and calls to the mmap family made from within them are told by their return address.
 
-use crate::abi::{Descriptor, INTERNAL_CALLERS, NOT_SAMPLED, Slot, State, function as f, may, record};
+use crate::abi::{
+    Descriptor, INTERNAL_CALLERS, NOT_SAMPLED, Slot, StackBounds, State, function as f, may, record,
+};
 use crate::ring::Ring;
 use crate::{machine, ring, sample, slot, stacks};
 use core::sync::atomic::{AtomicU64, Ordering, compiler_fence};
@@ -63,6 +65,8 @@ pub unsafe fn begin_call(state: *mut State, rsp: u64, mapping: bool) -> *mut Slo
         (*slot).tid = tid;
         (*slot).depth = 0;
         (*slot).in_agent = 0;
+        let bounds = (&raw mut (*state).stack_bounds).cast::<StackBounds>().add((*slot).number as usize - 1);
+        (*bounds).high = 0;
     }
     if (*slot).in_agent != 0 && !thrown_out(state, slot, rsp) {
         AtomicU64::from_ptr(&raw mut (*state).in_agent).fetch_add(1, Ordering::Relaxed);
@@ -376,7 +380,7 @@ unsafe fn tell(state: *mut State, slot: *mut Slot, call: *mut Call, action: Acti
     let address = address(call, function);
     // The stack of a failed call is nobody's; that of an unmap and of an unsampled block neither.
     let gives_out = address != 0 && function != f::MUNMAP && action != Action::EndsUnsampled;
-    let stack = if gives_out { stacks::current(state, ring) } else { Some(0) };
+    let stack = if gives_out { stacks::current(state, slot, ring, call) } else { Some(0) };
     let told = match stack {
         Some(stack) => write(state, call, ring, function, action, address, stack),
         None => false,

@@ -16,11 +16,15 @@ mod entry;
 mod exact;
 mod hooks;
 mod machine;
+mod native;
 mod python;
 mod ring;
 mod sample;
 mod slot;
 mod stacks;
+#[path = "../unwind_abi.rs"]
+#[allow(dead_code, reason = "the controller makes the rules")]
+mod unwind_abi;
 
 unsafe extern "C" {
     fn the_agent_must_not_panic() -> !;

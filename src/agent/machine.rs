@@ -50,6 +50,20 @@ pub unsafe fn call(number: u64, a: u64, b: u64) -> u64 {
     result
 }
 
+/// Whether the page at `page` can be read: asks the kernel to copy a signal mask from there (rt_sigprocmask), which it refuses to set in
+/// a way that doesn't exist. Changes nothing.
+///
+/// # Safety
+/// System calls are allowed.
+pub unsafe fn is_readable(page: u64) -> bool {
+    const NO_SUCH_WAY: u64 = 99;
+    const EINVAL: u64 = 22;
+    let result: u64;
+    asm!("syscall", inlateout("rax") 14_u64 => result, in("rdi") NO_SUCH_WAY, in("rsi") page, in("rdx") 0_u64, in("r10") 8_u64,
+        out("rcx") _, out("r11") _, options(nostack));
+    result == EINVAL.wrapping_neg()
+}
+
 /// `nanosleep` for so many nanoseconds (below a second); may return early.
 ///
 /// # Safety

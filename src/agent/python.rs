@@ -122,7 +122,7 @@ unsafe fn generation(generations: *const u32, code: u64) -> u32 {
 
 /// The high and the low half of the product of two numbers, folded.
 #[inline(always)]
-fn fold(a: u64, b: u64) -> u64 {
+pub(crate) fn fold(a: u64, b: u64) -> u64 {
     let product = a as u128 * b as u128;
     product as u64 ^ (product >> 64) as u64
 }
@@ -212,8 +212,11 @@ unsafe fn hash_chain<const SHAPE: u32>(state: *const State, first: u64) -> u64 {
     if hash == 0 { 1 } else { hash }
 }
 
+/// Bit of a frame's code: a call of the interpreter's loop began with it.
+const ENTRY: u64 = 1;
+
 /// Writes the frames behind [`hash`] to `out` as pairs (code, instruction's offset | generation << 32), innermost first, at most
-/// `max`. How many they are, and whether there were more.
+/// `max`; the code has [`ENTRY`]. How many they are, and whether there were more.
 ///
 /// # Safety
 /// As for [`hash`]; `out` has room for `2 * max` words.
@@ -227,6 +230,10 @@ pub unsafe fn frames(state: *const State, tstate: u64, out: *mut u64, max: usize
         at = word(frame + (*facts).previous as u64);
         let code = word(frame + (*facts).code as u64) & !((*facts).code_mask as u64);
         if runs_no_code(facts, frame, code) {
+            // Behind the frames that a call of the loop ran lies its shim.
+            if count > 0 && is_shim(facts, frame) {
+                *out.add(2 * (count - 1)) |= ENTRY;
+            }
             shims -= 1;
             if shims == 0 {
                 break;
@@ -237,20 +244,28 @@ pub unsafe fn frames(state: *const State, tstate: u64, out: *mut u64, max: usize
             return (count, true);
         }
         let lasti = lasti(facts, frame, code) as u32 as u64;
-        out.add(2 * count).write(code);
+        out.add(2 * count).write(code | if is_entry(facts, frame) { ENTRY } else { 0 });
         out.add(2 * count + 1).write(lasti | (generation(generations, code) as u64) << 32);
         count += 1;
     }
     (count, false)
 }
 
+unsafe fn is_entry(facts: *const PythonFacts, frame: u64) -> bool {
+    let at = (*facts).is_entry;
+    (*facts).chain == chain::FRAME_OBJECT || at != ABSENT && ((frame + at as u64) as *const u8).read() != 0
+}
+
+unsafe fn is_shim(facts: *const PythonFacts, frame: u64) -> bool {
+    let owner = (*facts).owner;
+    owner != ABSENT && ((frame + owner as u64) as *const u8).read() as u32 >= (*facts).shim_owner
+}
+
 unsafe fn runs_no_code(facts: *const PythonFacts, frame: u64, code: u64) -> bool {
     if (*facts).chain == chain::FRAME_OBJECT {
         return false;
     }
-    let owner = (*facts).owner;
-    let shim = owner != ABSENT && ((frame + owner as u64) as *const u8).read() as u32 >= (*facts).shim_owner;
-    shim || code == 0
+    is_shim(facts, frame) || code == 0
 }
 
 /// Byte offset of the instruction that the frame executes.

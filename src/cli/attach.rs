@@ -66,6 +66,13 @@ pub struct AttachArgs {
     /// Record CPython's object, mem and raw allocators too, not only those of libc
     #[arg(long)]
     pub python_allocators: bool,
+    /// Record the frames of C, C++ and Rust too, not only Python's
+    #[arg(long)]
+    pub native: bool,
+    /// Write the names of native frames into the capture at the end, so that reports need no binaries
+    #[arg(long, value_name = "BOOL", default_value_t = true, num_args = 0..=1, default_missing_value = "true")]
+    #[arg(action = clap::ArgAction::Set)]
+    pub bundle_symbols: bool,
     /// Record every allocation and free, not a sample
     #[arg(long)]
     pub exact: bool,
@@ -191,6 +198,8 @@ impl AttachArgs {
             force: self.force,
             duration,
             python_allocators: self.python_allocators,
+            native: self.native,
+            bundle_symbols: self.bundle_symbols,
             unsafe_trap: self.unsafe_trap,
             jump: self.jump(),
             snapshots: self.snapshots.options(),

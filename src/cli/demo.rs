@@ -67,6 +67,8 @@ pub fn run(args: &DemoArgs) -> Result<(), Error> {
         force: true,
         duration: Some(args.duration),
         python_allocators: false,
+        native: false,
+        bundle_symbols: true,
         unsafe_trap: false,
         jump: Some(JumpOptions::every_event()),
         snapshots: None,

@@ -189,7 +189,7 @@ fn about_allocators(page: &mut Page, examined: &Examined, kind: ProbeKind) {
 /// What recording adds (samples, where jumps are planned), and what there is room for.
 fn about_memory(page: &mut Page, examined: &Examined, kind: ProbeKind) -> Result<(), RecordError> {
     let jump = (kind == ProbeKind::Jump).then(JumpOptions::samples);
-    let added = size(room::needed(examined, jump.as_ref())?);
+    let added = size(room::needed(examined, jump.as_ref(), 0)?);
     let left = match room::tightest(examined.pid) {
         Some(room) => {
             format!("{} left of {} in {}", size(room.left()), size(room.limit), room.group.display())
@@ -233,7 +233,7 @@ fn about_self_test(page: &mut Page, examined: &Examined) -> Result<(), RecordErr
 /// What `attach` would refuse.
 fn check(examined: &Examined, kind: ProbeKind) -> Result<(), RecordError> {
     examined.check_recordable(kind, false)?;
-    room::check(examined, (kind == ProbeKind::Jump).then(JumpOptions::samples).as_ref())?;
+    room::check(examined, (kind == ProbeKind::Jump).then(JumpOptions::samples).as_ref(), 0)?;
     if let Some(alive) = examined.stale.iter().find(|s| s.controller_lives()) {
         return Err(ProbeError::ControllerAlive { pid: examined.pid, controller: alive.controller.0 }.into());
     }

@@ -61,6 +61,18 @@ impl UnwindRows {
         after.checked_sub(1).map_or(Rule::UNKNOWN, |row| self.rules[row])
     }
 
+    /// All of them: where each begins, and what holds there.
+    pub fn rows(&self) -> impl Iterator<Item = (u32, Rule)> + '_ {
+        self.starts.iter().copied().zip(self.rules.iter().copied())
+    }
+
+    /// These, by ascending address.
+    pub fn from_rows(rows: impl IntoIterator<Item = (u32, Rule)>) -> Self {
+        let mut made = Self::default();
+        rows.into_iter().for_each(|(start, rule)| made.push(start, rule));
+        made
+    }
+
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.starts.is_empty()

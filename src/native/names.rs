@@ -4,10 +4,9 @@
 //! tells stays unknown: the nearest symbol before an address that is beyond its end is no name for it.
 
 use super::debug_info::DebugInfo;
-use crate::addr::{ImageAddr, RemoteAddr};
+use crate::addr::ImageAddr;
 use crate::image::Module;
 use crate::image::elf::ElfFile;
-use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -24,11 +23,11 @@ pub struct Place {
 }
 
 /// Names of the code in a process. Each file is looked into when the first address of it is asked for.
-pub struct Names<'a> {
-    modules: &'a [Module],
+pub struct Names {
     /// Folders in which separate debugging information lies.
     folders: Vec<PathBuf>,
-    files: HashMap<usize, OnceCell<OfFile>>,
+    /// By the number that the file has elsewhere.
+    files: HashMap<usize, OfFile>,
 }
 
 struct OfFile {
@@ -42,21 +41,17 @@ struct Function {
     name: Box<str>,
 }
 
-impl<'a> Names<'a> {
-    /// Of the code in these files. `root` is the root folder of the process.
-    pub fn of(modules: &'a [Module], root: &Path) -> Self {
+impl Names {
+    /// None yet. `root` is the root folder of the process.
+    pub fn new(root: &Path) -> Self {
         let folders = vec![root.join("usr/lib/debug"), PathBuf::from("/usr/lib/debug")];
-        let files = (0..modules.len()).map(|module| (module, OnceCell::new())).collect();
-        Self { modules, folders, files }
+        Self { folders, files: HashMap::new() }
     }
 
-    /// What is there, in module number `module`: the innermost inlined function first, that which it was inlined into last. Never empty.
-    pub fn places(&self, module: usize, at: RemoteAddr) -> Vec<Place> {
-        let (Some(file), Some(cell)) = (self.modules.get(module), self.files.get(&module)) else {
-            return vec![Place::default()];
-        };
-        let names = cell.get_or_init(|| OfFile::of(file.file(), &self.folders));
-        let at = file.bias().to_image(at);
+    /// What is there in file number `number`: the innermost inlined function first, that which it was inlined into last. Never empty.
+    pub fn places(&mut self, number: usize, file: &Module, at: ImageAddr) -> Vec<Place> {
+        let folders = &self.folders;
+        let names = self.files.entry(number).or_insert_with(|| OfFile::of(file.file(), folders));
         let mut places = names.debug.as_ref().map(|debug| debug.places(at.0)).unwrap_or_default();
         if places.is_empty() {
             places.push(Place::default());

@@ -42,6 +42,7 @@ pub fn python_facts(python: &Python) -> PythonFacts {
         lasti_unit: layout.meaning.lasti_unit.map_or(1, offset),
         owner: frames.owner,
         shim_owner: layout.meaning.shim_owner.map_or(NO_SHIMS, u32::from),
+        is_entry: frames.is_entry,
         code_mask: match layout.meaning.stack_refs {
             StackRefs::Plain => 0,
             StackRefs::Tagged => STACK_REF_FLAGS,
@@ -95,6 +96,7 @@ struct Frames {
     instruction: u32,
     owner: u32,
     tlbc_index: u32,
+    is_entry: u32,
 }
 
 impl Frames {
@@ -109,6 +111,7 @@ impl Frames {
                 instruction: offset(frame.instr_ptr),
                 owner: offset(frame.owner),
                 tlbc_index: optional(frame.tlbc_index),
+                is_entry: optional(frame.is_entry),
             };
         }
         let frame = layout.frame_object.as_ref();
@@ -119,6 +122,7 @@ impl Frames {
             instruction: optional(frame.map(|f| f.f_lasti)),
             owner: ABSENT,
             tlbc_index: ABSENT,
+            is_entry: ABSENT,
         }
     }
 }

@@ -6,6 +6,9 @@ use crate::inferior::error::TraceError;
 /// A failure of the probes. Where it happens before or while planting, what was planted is lifted again.
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
+    /// The unwind rows of the target's code do not fit.
+    #[error("native stacks: {0}")]
+    NativeArea(#[from] super::native_area::Full),
     /// No module of the process defines malloc and free.
     #[error("no module of process {pid} defines {name}: no allocator to observe")]
     NoAllocator {

@@ -7,6 +7,7 @@
 
 use super::agent_image::{AgentImage, Entry};
 use super::error::ProbeError;
+use super::native_area::{MappedCode, NativeArea};
 use super::near::{self, Hook, Hooked, NearRegion, Parts};
 use super::place::places;
 use super::region::{Controller, HEADER_LEN, Patch, REGION_LEN};
@@ -73,6 +74,19 @@ pub struct Settings {
     pub pass_on_calloc: bool,
     /// Ticks of the time stamp counter in a second.
     pub ticks_per_second: u64,
+    /// What native stacks are walked by; `None`: they are not.
+    pub native: Option<NativeSettings>,
+}
+
+/// How native stacks are walked.
+#[derive(Debug, Clone)]
+pub struct NativeSettings {
+    /// The code that is mapped now.
+    pub code: Vec<MappedCode>,
+    /// Bytes for it, and for what may come.
+    pub area_len: u64,
+    /// See [`State::stack_end`].
+    pub stack_end: u64,
 }
 
 /// How long a controller may be silent before it is no longer waited for, and before it is taken for dead.
@@ -94,6 +108,8 @@ pub struct Loaded {
     pub hooks: Vec<Hook>,
     /// The ring memory.
     pub memfd: OwnedFd,
+    /// Where native stacks' code lies.
+    pub native: Option<NativeArea>,
 }
 
 impl Loaded {
@@ -175,7 +191,7 @@ impl Loader<'_> {
         let bases: Vec<_> = regions.iter().map(|r| r.base).collect();
         let code = (bases[0], REGION_LEN as u64 + agent_len);
         let agent = bases[0].offset(REGION_LEN as u64);
-        let state = (self.map_state()?, size_of::<State>() as u64);
+        let state = self.map_state(settings)?;
         for hook in wanted {
             let index = modules.iter().position(|(module, _)| *module == hook.module).unwrap_or(0);
             let entry = image.entry(agent, entry_of(hook.function, settings))?;
@@ -187,12 +203,13 @@ impl Loader<'_> {
         let patches: Vec<Patch> = regions.iter().flat_map(|r| r.hooks.iter().map(|h| h.patch)).collect();
         regions[0].finish_first(&patches, &parts, &bases[1..])?;
         self.inferior.write(agent, &image.bytes)?;
-        self.inferior.write(state.0, &state_bytes(settings, rings, self.inferior.pid()))?;
+        let (native, directory) = self.write_native(settings, state.0)?;
+        self.inferior.write(state.0, &state_bytes(settings, rings, directory, self.inferior.pid()))?;
         for region in &regions {
             self.inferior.write(region.base, &region.image()?)?;
         }
         let hooks = regions.into_iter().flat_map(|r| r.hooks).collect();
-        Ok(Loaded { pid: self.inferior.pid(), parts, regions: bases, hooks, memfd })
+        Ok(Loaded { pid: self.inferior.pid(), parts, regions: bases, hooks, memfd, native })
     }
 
     /// One system call in the target's name; its thread runs on before and after.
@@ -262,13 +279,29 @@ impl Loader<'_> {
     }
 
     /// Zero in a forked child: it passes everything through. No huge pages: a touch would take 2 MiB.
-    fn map_state(&mut self) -> Result<RemoteAddr, ProbeError> {
-        let len = size_of::<State>() as u64;
+    fn map_state(&mut self, settings: &Settings) -> Result<(RemoteAddr, u64), ProbeError> {
+        let native = settings.native.as_ref().map(|native| abi::NATIVE_AT as u64 + native.area_len);
+        let len = native.unwrap_or(size_of::<State>() as u64);
         let at = self.map_noted(len)?;
         self.note(near::STATE_AT, (at, len))?;
         self.call("madvise", libc::SYS_madvise, &[at.0, len, libc::MADV_WIPEONFORK as u64])?;
         self.no_huge_pages(at.0, len)?;
-        Ok(at)
+        Ok((at, len))
+    }
+
+    /// The code that native stacks are walked by, behind the state; and where its directory is, 0 without.
+    fn write_native(
+        &mut self,
+        settings: &Settings,
+        state: RemoteAddr,
+    ) -> Result<(Option<NativeArea>, RemoteAddr), ProbeError> {
+        let Some(native) = &settings.native else { return Ok((None, RemoteAddr::NULL)) };
+        let mut area = NativeArea::new(state.offset(abi::NATIVE_AT as u64), native.area_len);
+        let (writes, directory) = area.publish(&native.code)?;
+        for (at, bytes) in writes {
+            self.inferior.write(at, &bytes)?;
+        }
+        Ok((Some(area), directory))
     }
 
     /// Private memory whose place was noted before it was mapped: a heaptap that is killed in between leaves nothing that can't be
@@ -394,7 +427,8 @@ fn entry_of(which: u8, settings: &Settings) -> Entry {
     let python = |n: u8| which.checked_sub(function::PYTHON).filter(|i| *i < 12 && i & 3 == n);
     match which {
         function::CODE_DEALLOC => Entry::CodeDealloc,
-        function::MALLOC if exact => Entry::MallocExact,
+        // Without a record of the call there is nowhere to begin a native stack.
+        function::MALLOC if exact && settings.native.is_none() => Entry::MallocExact,
         function::FREE if exact => Entry::FreeExact,
         _ if exact => Entry::Any,
         function::MALLOC => Entry::MallocSampled,
@@ -408,7 +442,7 @@ fn entry_of(which: u8, settings: &Settings) -> Entry {
 }
 
 /// The state up to the slots; the rest is zero.
-fn state_bytes(settings: &Settings, rings: RemoteAddr, pid: i32) -> Vec<u8> {
+fn state_bytes(settings: &Settings, rings: RemoteAddr, directory: RemoteAddr, pid: i32) -> Vec<u8> {
     let mut bytes = vec![0; offset_of!(State, slots)];
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
     let ticks = |time: Duration| {
@@ -442,6 +476,10 @@ fn state_bytes(settings: &Settings, rings: RemoteAddr, pid: i32) -> Vec<u8> {
     put(offset_of!(State, max_wait), &ticks(settings.max_wait));
     put(offset_of!(State, tid_offset), &settings.tid_offset.to_le_bytes());
     put(offset_of!(State, python), &settings.python.to_bytes());
+    if let Some(native) = &settings.native {
+        put(offset_of!(State, native), &directory.0.to_le_bytes());
+        put(offset_of!(State, stack_end), &native.stack_end.to_le_bytes());
+    }
     for (i, [first, last]) in settings.internal_callers.iter().take(abi::INTERNAL_CALLERS).enumerate() {
         let at = offset_of!(State, internal_callers) + 16 * i;
         put(at, &first.to_le_bytes());

@@ -23,6 +23,7 @@ pub mod internal_callers;
 pub mod jump;
 pub mod lift;
 pub mod load;
+pub mod native_area;
 pub mod near;
 pub mod place;
 pub mod plan;

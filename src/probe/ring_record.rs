@@ -2,7 +2,9 @@
 
 use super::function::{Domain, Function, Member};
 use crate::addr::RemoteAddr;
-use crate::agent_abi::{MAPPING_STRIPE, MAX_DEPTH, function, record, stripe};
+use crate::agent_abi::{
+    MAPPING_STRIPE, MAX_DEPTH, MAX_NATIVE_DEPTH, NATIVE_CUT, NATIVE_DEEPER, function, record, stripe,
+};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What a thread did.
@@ -99,6 +101,19 @@ pub struct ToldFrame {
     pub generation: u32,
     /// Byte offset of the instruction, see [`crate::cpython::RawFrame`].
     pub lasti: i32,
+    /// A call of the interpreter's loop began with it.
+    pub entry: bool,
+}
+
+/// How the native frames of a stack end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NativeEnd {
+    /// With the thread's first function.
+    Whole,
+    /// The last one's code does not tell who called it.
+    Cut,
+    /// There are more than are kept.
+    Deeper,
 }
 
 /// A piece of a code object's text, see [`record::CODE`].
@@ -122,6 +137,8 @@ pub struct CodePiece<'a> {
 pub trait Definitions {
     /// The frames behind a stack's hash, innermost first; `cut`: deeper ones were left out.
     fn stack(&mut self, hash: u64, frames: impl ExactSizeIterator<Item = ToldFrame>, cut: bool);
+    /// The native frames of the stack with this hash, innermost first; told before the stack itself.
+    fn native(&mut self, hash: u64, addresses: impl ExactSizeIterator<Item = u64>, end: NativeEnd);
     /// A piece of a code object.
     fn code(&mut self, piece: CodePiece<'_>);
 }
@@ -182,6 +199,8 @@ enum Definition {
     Time(u64),
     /// Hash, frames, whether deeper ones were left out.
     Stack(u64, usize, bool),
+    /// Hash, frames, how they end.
+    Native(u64, usize, NativeEnd),
     /// The four words behind the first; the bytes follow.
     Code([u64; 4]),
 }
@@ -203,13 +222,19 @@ impl Decoded {
             Definition::Stack(hash, count, cut) => {
                 let frames = words[3..][..2 * count].chunks_exact(2).map(|frame| {
                     let packed = frame[1].load(Ordering::Relaxed);
+                    let code = frame[0].load(Ordering::Relaxed);
                     ToldFrame {
-                        code: frame[0].load(Ordering::Relaxed),
+                        code: code & !1,
                         generation: (packed >> 32) as u32,
                         lasti: packed as u32 as i32,
+                        entry: code & 1 != 0,
                     }
                 });
                 told.stack(hash, frames, cut);
+            }
+            Definition::Native(hash, count, end) => {
+                let addresses = words[3..][..count].iter().map(|word| word.load(Ordering::Relaxed));
+                told.native(hash, addresses, end);
             }
             Definition::Code([code, which, total, place]) => {
                 let len = (place >> 32) as usize;
@@ -298,6 +323,20 @@ fn decode_other(words: &[AtomicU64], first: u64, at: u64, ring_len: u64) -> Resu
             }
             (need(3 + 2 * count)?, Definition::Stack(hash, count as usize, counted >> 63 != 0))
         }
+        record::NATIVE => {
+            need(3)?;
+            let (hash, counted) = (word(1), word(2));
+            let count = counted & !(NATIVE_CUT | NATIVE_DEEPER);
+            if count > MAX_NATIVE_DEPTH as u64 {
+                return Err(Unreadable::Length { kind, words: count, there: words.len() });
+            }
+            let end = match counted & (NATIVE_CUT | NATIVE_DEEPER) {
+                0 => NativeEnd::Whole,
+                NATIVE_DEEPER => NativeEnd::Deeper,
+                _ => NativeEnd::Cut,
+            };
+            (need(3 + count)?, Definition::Native(hash, count as usize, end))
+        }
         record::CODE => {
             need(5)?;
             let head = [word(1), word(2), word(3), word(4)];
@@ -372,6 +411,9 @@ mod tests {
     impl Definitions for Told {
         fn stack(&mut self, _: u64, frames: impl ExactSizeIterator<Item = ToldFrame>, _: bool) {
             self.0 += frames.count();
+        }
+        fn native(&mut self, _: u64, addresses: impl ExactSizeIterator<Item = u64>, _: NativeEnd) {
+            self.0 += addresses.count();
         }
         fn code(&mut self, piece: CodePiece<'_>) {
             self.0 += piece.bytes.len();

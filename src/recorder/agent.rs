@@ -11,6 +11,7 @@ use super::guard::Guard;
 use super::ledger::Ledger;
 use super::merge::Merger;
 use super::nap::Nap;
+use super::native_code::NativeCode;
 use super::plant::Planted;
 use super::reconcile::Reconciler;
 use super::source::{Finished, RecordSource, SourceCounts, SourceEvent, enter};
@@ -83,12 +84,12 @@ impl AgentSource {
         planted: Planted,
         handle: Handle,
         max_cpu: Option<f64>,
-        python: Python,
+        (python, native): (Python, Option<NativeCode>),
         seccomp: bool,
     ) -> Result<Self, RecordError> {
         let Planted { loaded, rings, heart, settings, .. } = planted;
         let pid = loaded.pid;
-        let told = Told::new(python.layout.meaning.line_table);
+        let told = Told::new(python.layout.meaning.line_table, native);
         let (now, memory) = (Instant::now(), ProcessMemory::new(pid));
         Ok(Self {
             tables: Tables::of(&loaded, &memory),
@@ -137,6 +138,7 @@ impl AgentSource {
         let looked = Instant::now();
         self.due = looked + self.nap.after(found, looked - self.looked);
         self.looked = looked;
+        self.publish_code();
         if looked - self.asked >= ASK_EVERY {
             self.asked = looked;
             self.ask()?;
@@ -200,6 +202,24 @@ impl AgentSource {
                 return Ok(LeftBehind { regions, why: vec![error.to_string()], busy: true });
             }
             std::thread::sleep(TRACER_PAUSE);
+        }
+    }
+
+    /// Tells the agent which code came and went.
+    fn publish_code(&mut self) {
+        let Some(code) = self.merger.told().native_code().filter(|_| self.gone.is_none()) else { return };
+        if !code.take_changed() {
+            return;
+        }
+        let (mapped, area) = (code.mapped(), self.loaded.native.as_mut());
+        let Some(area) = area else { return };
+        match area.publish(&mapped) {
+            Ok((writes, directory)) => {
+                if let Err(error) = self.target.set_native_code(&writes, directory) {
+                    tracing::debug!("the agent cannot be told which code is mapped: {error}");
+                }
+            }
+            Err(full) => tracing::warn!("stacks through newly mapped code are cut short: {full}"),
         }
     }
 
@@ -353,10 +373,17 @@ impl RecordSource for AgentSource {
         self.count();
         self.measure();
         self.watch_tables();
+        if let Some(code) = self.merger.told().native_code() {
+            code.refresh();
+        }
         let mut reconciler = std::mem::take(&mut self.reconciler);
         let stepped = reconciler.step(ledger, || self.target.tracked());
         self.reconciler = reconciler;
         stepped
+    }
+
+    fn take_native(&mut self) -> Option<NativeCode> {
+        self.merger.told().take_native_code()
     }
 
     fn python(&self) -> &Python {
@@ -394,7 +421,8 @@ impl RecordSource for AgentSource {
             None => Ok(()),
         });
         let failed = told.err().or(switched_off);
-        Ok(Finished { left: lifted?, failed, counts: self.counts })
+        let native = self.merger.told().take_native_code();
+        Ok(Finished { left: lifted?, failed, counts: self.counts, native })
     }
 
     fn abandon(self) -> Result<(), RecordError> {

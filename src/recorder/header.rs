@@ -50,7 +50,7 @@ pub fn header(examined: &Examined, options: &RecordOptions) -> Header {
         sampling_seed: sampled.map(|j| j.seed),
         max_cpu_percent: sampled.and_then(|j| j.max_cpu),
         aggregated: snapshots.is_some_and(|s| !s.events),
-        native: false,
+        native: options.native,
         snapshot_every_ns: snapshots.and_then(|s| s.every).map(|every| every.as_nanos() as u64),
         entry_points: entry_points(examined),
         modules: examined.modules.iter().map(module).collect(),

@@ -24,6 +24,16 @@ pub struct Locations {
 impl Locations {
     /// The id of a stack, given innermost first.
     pub fn intern(&mut self, stack: &[Location], writer: &mut CaptureWriter) -> Result<StackId, RecordError> {
+        let frames = self.frames(stack, writer)?;
+        Ok(writer.intern_stack(frames)?)
+    }
+
+    /// The ids of these locations.
+    pub fn frames(
+        &mut self,
+        stack: &[Location],
+        writer: &mut CaptureWriter,
+    ) -> Result<&[FrameId], RecordError> {
         if self.known.len() > MAX_LOCATIONS {
             self.known.clear();
         }
@@ -41,6 +51,6 @@ impl Locations {
             };
             self.frames.push(id);
         }
-        Ok(writer.intern_stack(&self.frames)?)
+        Ok(&self.frames)
     }
 }

@@ -94,7 +94,7 @@ pub fn inspect(pid: i32, manner: Manner) -> Result<Look, RecordError> {
         return Ok(look(&python, pid, &memory)?.0);
     }
     modules.extend(vdso(&maps, &memory));
-    let eyes = (manner == Manner::Native).then(|| NativeEyes::open(&modules, &python.binary));
+    let eyes = (manner == Manner::Native).then(|| NativeEyes::open(modules, &python.binary));
     let mut inferior = Inferior::seize(pid)?;
     let mut stacks: HashMap<i32, Stack> = HashMap::new();
     let looked = inferior.stop_to_attach().map_err(RecordError::from).and_then(|()| {
@@ -113,10 +113,10 @@ pub fn inspect(pid: i32, manner: Manner) -> Result<Look, RecordError> {
     let (mut look, mut calls) = looked?;
     let_go?;
     if let Some(eyes) = eyes {
-        let names = Names::of(&modules, &root(pid));
+        let mut names = Names::new(&root(pid));
         for thread in &mut look.threads {
             let python = calls.remove(&thread.tid).unwrap_or_default();
-            thread.native = stacks.get(&thread.tid).map(|stack| eyes.tell(&names, stack, python));
+            thread.native = stacks.get(&thread.tid).map(|stack| eyes.tell(&mut names, stack, python));
         }
     }
     Ok(look)

@@ -58,22 +58,45 @@ pub struct NativeFrame {
 }
 
 /// What C frames of a process are seen with.
-pub struct NativeEyes<'a> {
-    modules: &'a [Module],
-    tables: Tables<'a>,
+#[derive(Debug)]
+pub struct NativeEyes {
+    tables: Tables,
     python: Option<usize>,
     loops: Vec<Range<RemoteAddr>>,
 }
 
-impl<'a> NativeEyes<'a> {
+impl NativeEyes {
     /// Reads the unwind data of all files. `python`: the path of the one that holds the runtime.
-    pub fn open(modules: &'a [Module], python: &str) -> Self {
+    pub fn open(modules: Vec<Module>, python: &str) -> Self {
         let (tables, start) = (Tables::of(modules), Instant::now());
         tables.prepare();
-        tracing::debug!(files = modules.len(), rows = tables.rows(), took = ?start.elapsed(), "unwind data read");
-        let python = modules.iter().position(|module| module.path().display().to_string() == python);
-        let loops = python.map(|python| loops(&modules[python])).unwrap_or_default();
-        Self { modules, tables, python, loops }
+        let mapped = tables.mapped();
+        tracing::debug!(files = mapped.len(), rows = tables.rows(), took = ?start.elapsed(), "unwind data read");
+        let is_python = |file: &usize| tables.file(*file).path().display().to_string() == python;
+        let python = mapped.iter().map(|(file, _)| *file).find(is_python);
+        let loops = python.map(|python| loops(tables.file(python))).unwrap_or_default();
+        Self { tables, python, loops }
+    }
+
+    /// The code that can be seen.
+    pub fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// The same, where other files are mapped now.
+    pub fn update(&mut self, modules: Vec<Module>) {
+        self.tables.update(modules);
+        self.tables.prepare();
+    }
+
+    /// Whether the address lies in CPython's loop.
+    pub fn is_loop(&self, at: RemoteAddr) -> bool {
+        self.loops.iter().any(|part| part.contains(&at))
+    }
+
+    /// Whether the file with this number is Python's own.
+    pub fn is_python(&self, file: usize) -> bool {
+        self.python == Some(file)
     }
 
     /// The C frames of a thread that stands still.
@@ -83,9 +106,8 @@ impl<'a> NativeEyes<'a> {
     }
 
     /// Puts Python's frames among them (by call of its loop) and names all.
-    pub fn tell(&self, names: &Names, stack: &Stack, python: Vec<Vec<FrameLook>>) -> NativeLook {
-        let is_loop = |at: &RemoteAddr| self.loops.iter().any(|part| part.contains(at));
-        let native: Vec<bool> = stack.frames.iter().map(is_loop).collect();
+    pub fn tell(&self, names: &mut Names, stack: &Stack, python: Vec<Vec<FrameLook>>) -> NativeLook {
+        let native: Vec<bool> = stack.frames.iter().map(|at| self.is_loop(*at)).collect();
         let mut frames = Vec::new();
         for merged in merge(&native, python) {
             match merged {
@@ -96,20 +118,22 @@ impl<'a> NativeEyes<'a> {
         NativeLook { frames, cut: stack.ended == Ended::Cut, guessed: stack.guessed }
     }
 
-    fn name(&self, names: &Names, at: RemoteAddr, frames: &mut Vec<MergedLook>) {
-        let number = self.tables.module(at);
-        let module = number.map(|number| &self.modules[number]);
-        let places = number.map_or_else(|| vec![Place::default()], |number| names.places(number, at));
+    fn name(&self, names: &mut Names, at: RemoteAddr, frames: &mut Vec<MergedLook>) {
+        let found = self.tables.place(at).map(|(file, image)| (file, image, self.tables.file(file)));
+        let places = found.map_or_else(
+            || vec![Place::default()],
+            |(file, image, module)| names.places(file, module, image),
+        );
         let outermost = places.len() - 1;
         frames.extend(places.into_iter().enumerate().map(|(place, Place { function, file, line })| {
             MergedLook::Native(NativeFrame {
                 function,
                 file,
                 line,
-                module: module.map(|module| module.path().display().to_string()),
-                address: module.map_or(at.0, |module| module.bias().to_image(at).0),
+                module: found.map(|(_, _, module)| module.path().display().to_string()),
+                address: found.map_or(at.0, |(_, image, _)| image.0),
                 inlined: place < outermost,
-                interpreter: number.is_some() && number == self.python,
+                interpreter: found.is_some_and(|(file, ..)| self.is_python(file)),
             })
         }));
     }

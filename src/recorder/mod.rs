@@ -20,6 +20,7 @@ pub mod look;
 pub mod look_native;
 pub mod merge;
 pub mod nap;
+pub mod native_code;
 pub mod plant;
 pub mod reconcile;
 pub mod record;

@@ -7,6 +7,7 @@
 
 use super::RecordError;
 use super::examine::Examined;
+use super::native_code::{NativeCode, stack_end};
 use super::record::RecordOptions;
 use crate::addr::RemoteAddr;
 use crate::cpython::Python;
@@ -19,7 +20,7 @@ use crate::probe::function::Function;
 use crate::probe::hooks::wanted;
 use crate::probe::internal_callers::of_process;
 use crate::probe::jump;
-use crate::probe::load::{self, Loaded, Settings};
+use crate::probe::load::{self, Loaded, NativeSettings, Settings};
 use crate::probe::ring::{Heart, Rings, ticks};
 use crate::probe::{install, stale};
 use crate::python_binary::binaries;
@@ -90,6 +91,7 @@ pub fn plant<W>(
     options: &RecordOptions,
     jump: &JumpOptions,
     examined: &Examined,
+    native: Option<&NativeCode>,
     writer: &mut dyn FnMut() -> Result<W, RecordError>,
 ) -> Result<(Planted, W), RecordError> {
     let pid = options.pid;
@@ -98,7 +100,7 @@ pub fn plant<W>(
         remove_stale(pid, examined)?;
     }
     let hooks = wanted(&examined.plan, examined.code_dealloc)?;
-    let settings = settings(jump, examined)?;
+    let settings = settings(jump, examined, native)?;
     let mut one = Inferior::seize_thread(pid)?;
     let loaded = load_with(&mut one, examined, |one| {
         Ok(load::load(one, &hooks, &settings, install::myself(one.pid())?)?)
@@ -206,7 +208,11 @@ fn remove_stale(pid: i32, examined: &Examined) -> Result<(), RecordError> {
     }
 }
 
-fn settings(jump: &JumpOptions, examined: &Examined) -> Result<Settings, RecordError> {
+fn settings(
+    jump: &JumpOptions,
+    examined: &Examined,
+    native: Option<&NativeCode>,
+) -> Result<Settings, RecordError> {
     let threads = maps::tasks(examined.pid)?.len();
     Ok(Settings {
         exact: jump.exact,
@@ -222,6 +228,11 @@ fn settings(jump: &JumpOptions, examined: &Examined) -> Result<Settings, RecordE
         pass_on_tables: examined.pass_on_tables,
         pass_on_calloc: calloc_is_alone(examined),
         ticks_per_second: ticks_per_second(),
+        native: native.map(|native| NativeSettings {
+            code: native.mapped(),
+            area_len: native.area_len(),
+            stack_end: stack_end(&examined.maps),
+        }),
     })
 }
 

@@ -10,6 +10,7 @@ use super::examine::{Examined, Kind, examine};
 use super::gauges::Instruments;
 use super::header::header;
 use super::ledger::Tally;
+use super::native_code::NativeCode;
 use super::plant::{self, JumpOptions};
 use super::room;
 use super::session::Session;
@@ -46,6 +47,10 @@ pub struct RecordOptions {
     pub duration: Option<Duration>,
     /// Observe CPython's allocator tables, too.
     pub python_allocators: bool,
+    /// Record native frames, too.
+    pub native: bool,
+    /// Write the names of native frames into the capture at the end.
+    pub bundle_symbols: bool,
     /// Plant traps even where the target uses SIGTRAP itself.
     pub unsafe_trap: bool,
     /// How the jump kind records; `None` for the trap kind.
@@ -103,7 +108,9 @@ pub fn record(options: &RecordOptions, observer: &mut dyn Observer) -> Result<Su
     let kind = if options.jump.is_some() { Kind::Jump } else { Kind::Trap };
     let examined = examine(options.pid, kind, options.python_allocators)?;
     examined.check_recordable(kind, options.unsafe_trap)?;
-    room::check(&examined, options.jump.as_ref())?;
+    let native = native_code(options, &examined)?;
+    let rows = native.as_ref().filter(|_| kind == Kind::Jump).map_or(0, NativeCode::needed);
+    room::check(&examined, options.jump.as_ref(), rows)?;
     let (python, libc) = (&examined.python.version, examined.libc_name());
     tracing::info!(pid = options.pid, %python, libc, "the process is understood");
     sys::install_stop_signals(TICK).map_err(TraceError::Wait)?;
@@ -111,10 +118,10 @@ pub fn record(options: &RecordOptions, observer: &mut dyn Observer) -> Result<Su
     let instruments = Instruments::of(&examined);
     // The session is made where the attach succeeded: neither kind's source is small.
     let ended = match &options.jump {
-        Some(jump) => attach_jumps(options, jump, &examined, &mut output).map(|(source, writer)| {
+        Some(jump) => attach_jumps(options, jump, &examined, native, &mut output).map(|(source, writer)| {
             Session::new(source, writer, options, &examined).run(instruments, observer)
         }),
-        None => attach(options, &examined, &mut output).map(|(source, writer)| {
+        None => attach(options, &examined, native, &mut output).map(|(source, writer)| {
             Session::new(source, writer, options, &examined).run(instruments, observer)
         }),
     };
@@ -124,21 +131,38 @@ pub fn record(options: &RecordOptions, observer: &mut dyn Observer) -> Result<Su
     })
 }
 
+/// What native stacks are seen with, if they are wanted.
+fn native_code(options: &RecordOptions, examined: &Examined) -> Result<Option<NativeCode>, RecordError> {
+    if !options.native {
+        return Ok(None);
+    }
+    if options.jump.is_some() && examined.seccomp {
+        return Err(RecordError::NotRecordable {
+            pid: options.pid,
+            why: "its system calls are filtered (seccomp), and in it native stacks can't be walked without one that tells which \
+                  memory is readable; `--breakpoints trap` walks them from outside"
+                .into(),
+        });
+    }
+    NativeCode::open(options.pid, &examined.python.binary).map(Some)
+}
+
 /// Plants the agent. On failure the target runs on as it was.
 fn attach_jumps(
     options: &RecordOptions,
     jump: &JumpOptions,
     examined: &Examined,
+    native: Option<NativeCode>,
     output: &mut Output,
 ) -> Result<(AgentSource, CaptureWriter), RecordError> {
     if let Some(alive) = examined.stale.iter().find(|s| s.controller_lives()) {
         return Err(ProbeError::ControllerAlive { pid: options.pid, controller: alive.controller.0 }.into());
     }
     let handle = Handle::open(options.pid);
-    let planted = plant::plant(options, jump, examined, &mut || output.take())?;
+    let planted = plant::plant(options, jump, examined, native.as_ref(), &mut || output.take())?;
     let (planted, writer) = planted;
     let (python, seccomp) = (examined.python.clone(), examined.seccomp);
-    Ok((AgentSource::new(planted, handle, jump.max_cpu, python, seccomp)?, writer))
+    Ok((AgentSource::new(planted, handle, jump.max_cpu, (python, native), seccomp)?, writer))
 }
 
 /// The capture file, made before the target is stopped where that can't lose anything.
@@ -190,12 +214,13 @@ fn exists(path: &Path) -> bool {
 fn attach(
     options: &RecordOptions,
     examined: &Examined,
+    native: Option<NativeCode>,
     output: &mut Output,
 ) -> Result<(TrapSource, CaptureWriter), RecordError> {
     let mut inferior = Inferior::seize(options.pid)?;
     match plant(&mut inferior, options, examined, output) {
         Ok((installed, writer)) => {
-            let reader = StackReader::new(examined.python.clone(), *inferior.memory());
+            let reader = StackReader::new(examined.python.clone(), *inferior.memory(), native);
             Ok((TrapSource::new(inferior, installed, reader), writer))
         }
         Err(error) => {

@@ -21,14 +21,14 @@ const KERNEL: u64 = 64 << 10;
 /// What heaptap itself comes to use within its first minutes: it may be in the same group.
 const OWN: u64 = 24 << 20;
 
-/// Bytes that recording adds to the target at most.
-pub fn needed(examined: &Examined, jump: Option<&JumpOptions>) -> Result<u64, RecordError> {
+/// Bytes that recording adds to the target at most; `native`: those of the unwind rows that native stacks need.
+pub fn needed(examined: &Examined, jump: Option<&JumpOptions>, native: u64) -> Result<u64, RecordError> {
     let libraries: BTreeSet<&str> = examined.plan.entries.iter().map(|e| e.module.as_str()).collect();
     let regions = libraries.len() as u64 * REGION_LEN as u64;
     let Some(jump) = jump else { return Ok(regions + KERNEL) };
     let threads = maps::tasks(examined.pid)?.len();
     let agent = AgentImage::new()?.bytes.len() as u64;
-    Ok(regions + agent + size_of::<State>() as u64 + ring_bytes(jump.exact, threads) + KERNEL)
+    Ok(native + regions + agent + size_of::<State>() as u64 + ring_bytes(jump.exact, threads) + KERNEL)
 }
 
 /// The control group of a process that has the least left, if one has a limit.
@@ -37,10 +37,10 @@ pub fn tightest(pid: i32) -> Option<Room> {
 }
 
 /// Refuses a recording for which a control group of the target has no room.
-pub fn check(examined: &Examined, jump: Option<&JumpOptions>) -> Result<(), RecordError> {
+pub fn check(examined: &Examined, jump: Option<&JumpOptions>, native: u64) -> Result<(), RecordError> {
     let Some(groups) = MemoryGroups::of(examined.pid) else { return Ok(()) };
     let ours = MemoryGroups::of(std::process::id() as i32);
-    let added = needed(examined, jump)?;
+    let added = needed(examined, jump, native)?;
     let shared = |room: &Room| ours.as_ref().is_some_and(|ours| ours.are_within(&room.group));
     let short = groups.rooms().into_iter().map(|room| (added + if shared(&room) { OWN } else { 0 }, room));
     let short = short.filter(|(needed, room)| *needed > room.left());

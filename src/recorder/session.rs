@@ -6,6 +6,7 @@ use super::examine::Examined;
 use super::gauges::{GaugeReader, Instruments};
 use super::header::{PAGE_SIZE, executable, unix_ns};
 use super::ledger::Ledger;
+use super::native_code::NativeCounts;
 use super::record::{Observer, Progress, RecordOptions, Summary};
 use super::room::OomWatch;
 use super::snapshots::Snapshots;
@@ -212,7 +213,7 @@ impl<'a, S: RecordSource> Session<'a, S> {
 
     /// Lets go of the target, whatever happened, then ends the capture.
     fn close(self, end: End) -> Result<Summary, RecordError> {
-        let Self { source, mut ledger, mut snapshots, gauges, oom, start, options, .. } = self;
+        let Self { mut source, mut ledger, mut snapshots, gauges, oom, start, options, .. } = self;
         let elapsed = start.elapsed();
         let still_there = matches!(end, End::Detach(_) | End::Failed(_));
         let gauges = gauges.map_or(Ok(()), |gauges| gauges.finish(still_there, &mut ledger));
@@ -230,14 +231,18 @@ impl<'a, S: RecordSource> Session<'a, S> {
         };
         // A capture that can't be written is no reason to stay in the target.
         failed = failed.or(gauges.err());
-        let left = match leaving {
-            Leaving::Nothing => LeftBehind::default(),
-            Leaving::Detach => source.abandon().map(|()| LeftBehind::default())?,
+        let (left, native) = match leaving {
+            Leaving::Nothing => (LeftBehind::default(), source.take_native()),
+            Leaving::Detach => {
+                let native = source.take_native();
+                source.abandon()?;
+                (LeftBehind::default(), native)
+            }
             Leaving::Lift => {
                 let finished = source.finish(&mut ledger)?;
                 failed = failed.or(finished.failed);
                 counts = finished.counts;
-                finished.left
+                (finished.left, finished.native)
             }
         };
         // Whatever ended it, what is live is ours.
@@ -246,8 +251,14 @@ impl<'a, S: RecordSource> Session<'a, S> {
         {
             failed.get_or_insert(error);
         }
+        if let Some(native) = native.as_ref().filter(|_| options.bundle_symbols)
+            && let Err(error) = ledger.writer().symbols(&native.names())
+        {
+            failed.get_or_insert(error.into());
+        }
+        let native = native.map(|native| native.counts()).unwrap_or_default();
         let snapshots = snapshots.map(|snapshots| (snapshots.taken(), ledger.writer().snapshots_kept()));
-        let summary = finish(ledger, reason, elapsed, left, (unreadable_stacks, counts));
+        let summary = finish(ledger, reason, elapsed, left, (unreadable_stacks, counts, native));
         let summary = summary.map(|summary| Summary { snapshots, ..summary });
         match (failed, summary) {
             (Some(error), Ok(summary)) => Ok(Summary { failed: Some(error.to_string()), ..summary }),
@@ -272,7 +283,7 @@ fn finish(
     reason: EndReason,
     elapsed: Duration,
     left: LeftBehind,
-    (unreadable_stacks, counts): (u64, SourceCounts),
+    (unreadable_stacks, counts, native): (u64, SourceCounts, NativeCounts),
 ) -> Result<Summary, RecordError> {
     let tally = ledger.tally();
     let mut ledger = ledger;
@@ -286,6 +297,8 @@ fn finish(
         agent_passed_through: counts.passed_through,
         threads_without_slot: counts.without_slot,
         target_extra_bytes: counts.extra_bytes,
+        native_stacks: native.stacks,
+        native_cut: native.cut,
         controller_peak_bytes: facts::peak_resident(),
         ..ledger.writer().counters()
     };

@@ -5,6 +5,7 @@
 
 use super::RecordError;
 use super::ledger::{Ledger, Origin};
+use super::native_code::NativeCode;
 use crate::capture::{CaptureWriter, DropReason, StackId};
 use crate::cpython::Python;
 use crate::inferior::stop::StopEvent;
@@ -61,6 +62,8 @@ pub struct Finished {
     pub failed: Option<RecordError>,
     /// What was counted until then.
     pub counts: SourceCounts,
+    /// What native frames are, where they were recorded.
+    pub native: Option<NativeCode>,
 }
 
 /// A source of events.
@@ -98,6 +101,9 @@ pub trait RecordSource {
 
     /// What was counted, as of the last second.
     fn counts(&self) -> SourceCounts;
+
+    /// What native frames are, where they were recorded, of a target that needs no letting go.
+    fn take_native(&mut self) -> Option<NativeCode>;
 
     /// Takes everything back and lets go. `ledger` is told of calls that ended meanwhile.
     fn finish(self, ledger: &mut Ledger) -> Result<Finished, RecordError>;

@@ -102,6 +102,14 @@ impl TargetState {
         self.file.write_all_at(&interval.to_le_bytes(), at)
     }
 
+    /// Tells the agent which code is mapped: what is to be written for it, and then where the directory of it is.
+    pub fn set_native_code(&self, writes: &[(RemoteAddr, Vec<u8>)], directory: RemoteAddr) -> io::Result<()> {
+        for (at, bytes) in writes {
+            self.file.write_all_at(bytes, at.0)?;
+        }
+        self.file.write_all_at(&directory.0.to_le_bytes(), self.state.0 + offset_of!(State, native) as u64)
+    }
+
     /// Bytes of these ranges that are in memory.
     pub fn resident(&self, ranges: &[(RemoteAddr, u64)]) -> io::Result<u64> {
         let file = File::open(format!("/proc/{}/pagemap", maps::memory_holder(self.pid)))?;

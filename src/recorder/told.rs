@@ -6,12 +6,13 @@
 
 use super::RecordError;
 use super::aged::Aged;
+use super::native_code::NativeCode;
 use super::trap::DEEPER;
 use crate::agent_abi::{STACKS_SEEN, part};
 use crate::capture::{CaptureWriter, FrameId, StackId};
 use crate::cpython::code_text::{CodeText, MAX_LINE_TABLE, MAX_NAME, UNKNOWN, name};
 use crate::cpython::layout::LineTableFormat;
-use crate::probe::ring_record::{CodePiece, Definitions, ToldFrame};
+use crate::probe::ring_record::{CodePiece, Definitions, NativeEnd, ToldFrame};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
 
@@ -23,6 +24,9 @@ const CODE_BYTES: usize = 32 << 20;
 const FRAME_BYTES: usize = 32 << 20;
 /// Bytes of code objects that are told only in part.
 const PARTIAL_BYTES: usize = 32 << 20;
+
+/// Native frames that wait for their stack: of each thread one.
+const MOST_NATIVES: usize = 4096;
 
 /// A code object: its address, and which of those that had it.
 type CodeKey = (u64, u32);
@@ -57,6 +61,14 @@ struct Gathered {
 struct Raw {
     frames: Box<[ToldFrame]>,
     cut: bool,
+    native: Option<RawNative>,
+}
+
+/// Its native frames.
+#[derive(Debug)]
+struct RawNative {
+    addresses: Box<[u64]>,
+    end: NativeEnd,
 }
 
 /// See the module.
@@ -70,6 +82,10 @@ pub struct Told {
     believed: Box<[u64]>,
     raw: HashMap<u64, Raw, RandomState>,
     raw_bytes: usize,
+    /// Native frames that were told, and whose stack was not: that follows at once, or never.
+    natives: HashMap<u64, RawNative, RandomState>,
+    /// What they are, where native frames are told.
+    native_code: Option<NativeCode>,
     /// The last answer of [`Told::stack_id`].
     last: (u64, StackId),
     ids: Vec<FrameId>,
@@ -79,7 +95,7 @@ pub struct Told {
 
 impl Told {
     /// Nothing told yet. `format`: that of the line tables.
-    pub fn new(format: LineTableFormat) -> Self {
+    pub fn new(format: LineTableFormat, native_code: Option<NativeCode>) -> Self {
         Self {
             format,
             codes: Aged::new(CODE_BYTES),
@@ -89,10 +105,22 @@ impl Told {
             believed: vec![0; STACKS_SEEN].into_boxed_slice(),
             raw: HashMap::default(),
             raw_bytes: 0,
+            natives: HashMap::default(),
+            native_code,
             last: (0, StackId::EMPTY),
             ids: Vec::new(),
             unknown_frames: 0,
         }
+    }
+
+    /// What native frames are, where they are told.
+    pub fn native_code(&mut self) -> Option<&mut NativeCode> {
+        self.native_code.as_mut()
+    }
+
+    /// The same, to be kept.
+    pub fn take_native_code(&mut self) -> Option<NativeCode> {
+        self.native_code.take()
     }
 
     /// Frames whose code was not told: `<unknown>` in the capture.
@@ -156,19 +184,51 @@ impl Told {
 
     fn intern(&mut self, raw: &Raw, writer: &mut CaptureWriter) -> Result<StackId, RecordError> {
         self.ids.clear();
-        for frame in &raw.frames {
-            match self.codes.get(&(frame.code, frame.generation)) {
-                Some(code) => self.ids.extend(code.frame(self.format, frame.lasti, writer)?),
-                None => {
-                    self.unknown_frames += 1;
-                    self.ids.push(writer.intern_frame(UNKNOWN, UNKNOWN, 0)?);
-                }
-            }
-        }
+        let mut native_code = self.native_code.take();
+        let done = match (&mut native_code, &raw.native) {
+            (Some(code), Some(native)) => self.merged(raw, native, code, writer),
+            _ => self.python(&raw.frames, writer).map(|ids| self.ids = ids),
+        };
+        self.native_code = native_code;
+        done?;
         if raw.cut {
             self.ids.push(writer.intern_frame(DEEPER, "", 0)?);
         }
         Ok(writer.intern_stack(&self.ids)?)
+    }
+
+    /// Ids of Python's frames.
+    fn python(
+        &mut self,
+        frames: &[ToldFrame],
+        writer: &mut CaptureWriter,
+    ) -> Result<Vec<FrameId>, RecordError> {
+        let mut ids = Vec::with_capacity(frames.len());
+        for frame in frames {
+            match self.codes.get(&(frame.code, frame.generation)) {
+                Some(code) => ids.extend(code.frame(self.format, frame.lasti, writer)?),
+                None => {
+                    self.unknown_frames += 1;
+                    ids.push(writer.intern_frame(UNKNOWN, UNKNOWN, 0)?);
+                }
+            }
+        }
+        Ok(ids)
+    }
+
+    /// Ids of the native frames with Python's in their places.
+    fn merged(
+        &mut self,
+        raw: &Raw,
+        native: &RawNative,
+        code: &mut NativeCode,
+        writer: &mut CaptureWriter,
+    ) -> Result<(), RecordError> {
+        let mut calls = Vec::new();
+        for call in raw.frames.split_inclusive(|frame| frame.entry) {
+            calls.push(self.python(call, writer)?);
+        }
+        code.stack(&native.addresses, native.end, calls, writer, &mut self.ids)
     }
 
     fn finish(&mut self, key: CodeKey) {
@@ -185,7 +245,8 @@ fn place(hash: u64) -> usize {
 }
 
 fn weight(raw: &Raw) -> usize {
-    raw.frames.len() * size_of::<ToldFrame>() + 64
+    let native = raw.native.as_ref().map_or(0, |native| native.addresses.len() * 8);
+    raw.frames.len() * size_of::<ToldFrame>() + native + 64
 }
 
 impl Definitions for Told {
@@ -193,12 +254,20 @@ impl Definitions for Told {
         self.believed[place(hash)] = hash;
         // Twice the bound: nobody has used a stack for long. What is told now is shown as unknown, should it be used.
         let full = self.raw_bytes > 2 * FRAME_BYTES;
+        let native = self.natives.remove(&hash);
         if full || self.stacks.contains(&hash) || self.raw.contains_key(&hash) {
             return;
         }
-        let raw = Raw { frames: frames.collect(), cut };
+        let raw = Raw { frames: frames.collect(), cut, native };
         self.raw_bytes += weight(&raw);
         self.raw.insert(hash, raw);
+    }
+
+    fn native(&mut self, hash: u64, addresses: impl ExactSizeIterator<Item = u64>, end: NativeEnd) {
+        if self.natives.len() >= MOST_NATIVES {
+            self.natives.clear();
+        }
+        self.natives.insert(hash, RawNative { addresses: addresses.collect(), end });
     }
 
     fn code(&mut self, piece: CodePiece<'_>) {

@@ -6,7 +6,9 @@
 use super::RecordError;
 use super::ledger::{Ledger, Origin};
 use super::locations::Locations;
+use super::native_code::NativeCode;
 use super::source::{Finished, RecordSource, SourceCounts, SourceEvent, gives_out};
+use crate::addr::RemoteAddr;
 use crate::capture::{CaptureWriter, StackId};
 use crate::cpython::{CodeTable, Location, PageCache, Python, RawFrame};
 use crate::inferior::error::TraceError;
@@ -14,7 +16,10 @@ use crate::inferior::memory::ProcessMemory;
 use crate::inferior::sys::{Registers, Wait};
 use crate::inferior::{Inferior, Notice, maps};
 use crate::memory::RemoteMemory;
+use crate::native::{Ended, Stack, walk};
 use crate::probe::install::Installed;
+use crate::probe::ring_record::NativeEnd;
+use crate::unwind_abi::Registers as FrameRegisters;
 use std::time::Instant;
 
 /// Frames of a stack that are kept; deeper ones are cut, and say so.
@@ -25,48 +30,100 @@ pub const DEEPER: &str = "<deeper frames not kept>";
 /// sleep costs two switches of context.
 const SPINS: u32 = 200;
 
-/// Reads the Python stacks of stopped threads.
+/// Bytes that a thunk has on the stack when its function has returned: below the return address of whoever called it.
+const OF_THE_THUNK: u64 = 8;
+
+/// Reads the stacks of stopped threads.
 pub struct StackReader {
     python: Python,
     codes: CodeTable,
     memory: ProcessMemory,
     frames: Vec<RawFrame>,
     stack: Vec<Location>,
+    /// How many of its locations each call of the interpreter's loop ran, the innermost first.
+    calls: Vec<usize>,
     cut: Location,
+    native_code: Option<NativeCode>,
+    native: Option<Stack>,
     /// Stacks that could not be read though the thread has a Python state.
     pub unreadable: u64,
 }
 
 impl StackReader {
     /// A reader for the threads of `python`.
-    pub fn new(python: Python, memory: ProcessMemory) -> Self {
+    pub fn new(python: Python, memory: ProcessMemory, native_code: Option<NativeCode>) -> Self {
         let codes = python.code_table();
         let cut = Location { function: DEEPER.into(), file: "".into(), line: None };
-        Self { python, codes, memory, frames: Vec::new(), stack: Vec::new(), cut, unreadable: 0 }
+        Self {
+            python,
+            codes,
+            memory,
+            frames: Vec::new(),
+            stack: Vec::new(),
+            calls: Vec::new(),
+            cut,
+            native_code,
+            native: None,
+            unreadable: 0,
+        }
     }
 
-    /// Reads the stack of a stopped thread, innermost first; empty for a thread without a Python state.
-    pub fn read(&mut self, tid: i32, regs: &Registers) -> &[Location] {
+    /// Reads the stack of a thread that stands where a thunk sees its function return.
+    pub fn read(&mut self, tid: i32, regs: &Registers) {
         self.frames.clear();
         self.stack.clear();
+        self.calls.clear();
         let memory = PageCache::new(&self.memory);
+        self.native = self.native_code.as_ref().and_then(|code| {
+            let returns_to = RemoteAddr(regs.rsp).offset(OF_THE_THUNK);
+            let pc = memory.read_u64(returns_to).ok()?;
+            let (sp, bp) = (returns_to.0.wrapping_add(8), Some(regs.rbp));
+            Some(walk(code.eyes().tables(), &memory, FrameRegisters { pc, sp, bp, is_return: true }))
+        });
         let walked = match self.python.thread_state_of(&memory, tid, regs.fs_base) {
             Ok(Some(tstate)) => {
                 self.python.walk(&memory, tstate, &mut self.frames, MAX_DEPTH).map_err(|_| ())
             }
-            Ok(None) => return &self.stack,
+            Ok(None) => return,
             Err(_) => Err(()),
         };
         match walked {
             Ok(walk) => {
-                self.codes.resolve(&self.memory, &self.frames, &mut self.stack);
+                for call in self.frames.split_inclusive(|frame| frame.entry) {
+                    let before = self.stack.len();
+                    self.codes.resolve(&self.memory, call, &mut self.stack);
+                    self.calls.push(self.stack.len() - before);
+                }
                 if walk.truncated {
+                    self.calls.push(1);
                     self.stack.push(self.cut.clone());
                 }
             }
             Err(()) => self.unreadable += 1,
         }
-        &self.stack
+    }
+
+    /// The capture's id of the stack that was read last.
+    fn intern(
+        &mut self,
+        locations: &mut Locations,
+        writer: &mut CaptureWriter,
+    ) -> Result<StackId, RecordError> {
+        let (Some(code), Some(native)) = (&mut self.native_code, &self.native) else {
+            return locations.intern(&self.stack, writer);
+        };
+        let mut python = locations.frames(&self.stack, writer)?;
+        let mut calls = Vec::new();
+        for count in &self.calls {
+            let (call, rest) = python.split_at(*count);
+            calls.push(call.to_vec());
+            python = rest;
+        }
+        let end = if native.ended == Ended::Whole { NativeEnd::Whole } else { NativeEnd::Cut };
+        let addresses: Vec<u64> = native.frames.iter().map(|at| at.0).collect();
+        let mut frames = Vec::new();
+        code.stack(&addresses, end, calls, writer, &mut frames)?;
+        Ok(writer.intern_stack(&frames)?)
     }
 
     /// The interpreter.
@@ -177,7 +234,7 @@ impl RecordSource for TrapSource {
     }
 
     fn stack(&mut self, writer: &mut CaptureWriter) -> Result<Option<StackId>, RecordError> {
-        self.locations.intern(&self.reader.stack, writer).map(Some)
+        self.reader.intern(&mut self.locations, writer).map(Some)
     }
 
     fn time_ns(&mut self) -> u64 {
@@ -192,7 +249,14 @@ impl RecordSource for TrapSource {
     }
 
     fn every_second(&mut self, _: &mut Ledger) -> Result<(), RecordError> {
+        if let Some(code) = &mut self.reader.native_code {
+            code.refresh();
+        }
         Ok(())
+    }
+
+    fn take_native(&mut self) -> Option<NativeCode> {
+        self.reader.native_code.take()
     }
 
     fn python(&self) -> &Python {
@@ -215,13 +279,14 @@ impl RecordSource for TrapSource {
         let counts = self.counts();
         let Self { mut inferior, mut installed, mut reader, mut locations, .. } = self;
         if inferior.has_ended() {
-            return Ok(Finished { counts, ..Finished::default() });
+            return Ok(Finished { counts, native: reader.native_code, ..Finished::default() });
         }
         let mut failed = None;
         let mut see = |tid, regs: &Registers, observation| {
             let mut stack = StackId::EMPTY;
             if gives_out(&observation) {
-                stack = locations.intern(reader.read(tid, regs), ledger.writer())?;
+                reader.read(tid, regs);
+                stack = reader.intern(&mut locations, ledger.writer())?;
             }
             ledger.observe(tid, observation, Origin { stack, interval: 0 })
         };
@@ -236,11 +301,13 @@ impl RecordSource for TrapSource {
         let ended = inferior.has_ended();
         let let_go = inferior.detach();
         match lifted {
-            Err(_) if ended => Ok(Finished { failed, counts, ..Finished::default() }),
+            Err(_) if ended => {
+                Ok(Finished { failed, counts, native: reader.native_code, ..Finished::default() })
+            }
             Err(error) => Err(error.into()),
             Ok(left) => {
                 let_go?;
-                Ok(Finished { left, failed, counts })
+                Ok(Finished { left, failed, counts, native: reader.native_code })
             }
         }
     }

@@ -16,6 +16,7 @@ pub fn shapes() -> [PythonFacts; 4] {
         shim_owner: 256,
         co_tlbc: ABSENT,
         tlbc_index: ABSENT,
+        is_entry: ABSENT,
         ob_type: 8,
         ..facts()
     };
@@ -130,7 +131,8 @@ fn every_shape_tells_its_frames() {
         let expected: Vec<u64> = (0..5)
             .flat_map(|n| {
                 let lasti = if facts.chain == chain::FRAME_OBJECT { 2 * n * unit } else { 2 * n };
-                [CODE + 0x200 * n, lasti | u64::from(n == 1) << 32]
+                let entry = u64::from(facts.chain == chain::FRAME_OBJECT);
+                [CODE + 0x200 * n + entry, lasti | u64::from(n == 1) << 32]
             })
             .collect();
         assert_eq!(stack.frames(state, MAX_DEPTH), (expected.clone(), false));
@@ -140,6 +142,25 @@ fn every_shape_tells_its_frames() {
         let empty = Stack::new(facts, &[]);
         assert_eq!((empty.hash(state), empty.frames(state, 9)), (0, (vec![], false)));
     }
+}
+
+#[test]
+fn the_frames_that_calls_of_the_loop_began_with_are_told() {
+    let entries = |facts, made: &[Made]| -> Vec<u64> {
+        let told = Stack::new(facts, made).frames(state(facts), 9).0;
+        told.chunks_exact(2).map(|frame| frame[0] & 1).collect()
+    };
+    let [old, plain, shims, tagged] = shapes();
+    let runs = |instruction| Made::Runs(CODE, instruction);
+    assert_eq!(entries(old, &[runs(0), runs(0)]), [1, 1]);
+    // A shim ends what a call ran; one that is not of the interpreter's loop has run nothing.
+    let called = [runs(0), runs(0), Made::Shim, Made::Shim, runs(0), Made::Shim];
+    assert_eq!(entries(shims, &called), [0, 1, 1]);
+    assert_eq!(entries(tagged, &called), [0, 1, 1]);
+    assert_eq!(entries(shims, &[Made::Shim, runs(0), Made::NoCode, runs(0)]), [0, 0]);
+    // 3.11 says so in the frame: here in the last byte of the instruction's word.
+    let marked = PythonFacts { is_entry: plain.instruction + 7, ..plain };
+    assert_eq!(entries(marked, &[runs(0), runs(1 << 56), runs(0)]), [0, 1, 0]);
 }
 
 #[test]

@@ -62,6 +62,12 @@ unsafe extern "C" fn walk_frames(state: *mut State, out: *mut u64, max: usize) -
         0 => 0,
         tstate => {
             let (count, cut) = python::frames(state, tstate, out, max);
+            // Bit 0 of a frame's code tells of the interpreter's loop: see agent_abi.
+            let mut i = 0;
+            while i < count {
+                *out.add(2 * i) &= !1;
+                i += 1;
+            }
             count as u64 | (cut as u64) << 63
         }
     }

@@ -19,7 +19,7 @@ pub mod truth;
 pub use family::{Family, FamilyRecording};
 pub use heaptap::{Recording, heaptap};
 pub use kind::{Kind, for_each_kind};
-pub use pythons::{Flavour, Python, for_each_python, pythons};
+pub use pythons::{Flavour, Python, environment, for_each_python, pythons};
 pub use snapshot::Snapshot;
 pub use target::Target;
 

@@ -84,6 +84,18 @@ const EXPECTED: &[&str] = &[
     "musl-3.14t",
 ];
 
+/// The python of an environment with these packages, or why there is none.
+pub fn environment(python: &Python, packages: &[&str]) -> Result<PathBuf, String> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/test-environment");
+    let output =
+        Command::new(script).arg(&python.command).args(packages).output().map_err(|e| e.to_string())?;
+    if output.status.success() {
+        Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
+    } else {
+        Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+    }
+}
+
 impl fmt::Display for Python {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(out, "{} ({} {:?}, {})", self.name, self.version, self.flavour, self.libc)

@@ -1,31 +1,13 @@
 //! Programs whose libraries switch stacks (greenlets) or allocate in C for them (arrays), from PyPI in throwaway
 //! environments.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
-use crate::common::{Kind, Python, Recording, Snapshot, Target, for_each_kind, skipped};
+use crate::common::{Kind, Python, Recording, Snapshot, Target, environment, for_each_kind, skipped};
 
 /// Wheels are for released default builds; these minors are what every package here has one for.
 fn has_wheels(python: &Python, _: Kind) -> bool {
     python.name.starts_with("pyenv-") && (10..=13).contains(&python.minor())
-}
-
-/// The python of an environment with these packages, or why there is none.
-fn environment(python: &Python, packages: &[&str]) -> Result<PathBuf, String> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/test-environment");
-    let output = Command::new(script)
-        .arg(&python.command)
-        .args(packages)
-        .output()
-        .map_err(|error| error.to_string())?;
-    if output.status.success() {
-        Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
-    } else {
-        Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
-    }
 }
 
 fn records_with(program: &str, packages: &[&str]) {

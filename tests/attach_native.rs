@@ -1,0 +1,198 @@
+//! Native frames of recorded allocations: those that gdb finds at the same allocations, whatever allocates, with either kind of
+//! breakpoint; Python's frames in their places; libraries that come and go while recording.
+
+mod common;
+mod support;
+
+use common::heaptap::Recording;
+use common::{Python, Snapshot, environment, for_each_python, missing, skipped};
+use heaptap::capture::{CaptureReader, FrameKind, FrameView, Record};
+use heaptap::image::modules;
+use heaptap::inferior::maps;
+use heaptap::inferior::memory::ProcessMemory;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use support::Program;
+
+/// `fixtures/native/allocates.cpp`, compiled.
+fn cpp_library(folder: &Path) -> PathBuf {
+    let library = folder.join("allocates.so");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/native/allocates.cpp");
+    let mut compiler = Command::new("c++");
+    compiler
+        .args(["-shared", "-fPIC", "-O2", "-g", "-std=c++17", "-pthread", "-o"])
+        .arg(&library)
+        .arg(source);
+    assert!(compiler.status().expect("c++ is needed").success());
+    library
+}
+
+/// Stops where memory is asked for, now and then; asks for so much instead that the allocation can be told from all others; and
+/// prints the addresses of the frames that called.
+const GDB: &str = r#"
+import gdb, json, random
+random.seed(SEED)
+gdb.execute("set backtrace past-main on")
+gdb.execute("set backtrace past-entry on")
+gdb.execute("set backtrace limit 4000")
+breakpoint = gdb.Breakpoint("*MALLOC")
+stacks = []
+for stop in range(STOPS):
+    breakpoint.ignore_count = random.randrange(8)
+    gdb.execute("continue", to_string=True)
+    size = FIRST + 16 * stop
+    if int(gdb.parse_and_eval("$rdi")) > FIRST:
+        continue
+    gdb.execute("set $rdi = %d" % size)
+    frame, stack, called = gdb.newest_frame().older(), [], True
+    while frame is not None and frame.pc() > 0:
+        if frame.type() not in (gdb.INLINE_FRAME, gdb.TAILCALL_FRAME):
+            is_loop = (frame.name() or "").startswith("_PyEval_EvalFrameDefault")
+            stack.append([frame.pc() - called, is_loop])
+            called = frame.type() != gdb.SIGTRAMP_FRAME
+        frame = frame.older()
+    stacks.append([size, stack])
+breakpoint.delete()
+print("STACKS " + json.dumps(stacks))
+"#;
+/// Sizes that no program here asks for by itself.
+const FIRST: u64 = (1 << 20) + 8;
+
+/// A frame's address, within the call, and whether it is one of CPython's loop.
+type GdbFrame = (u64, bool);
+
+/// The stacks that gdb finds at `stops` allocations, by size.
+fn gdbs_stacks(pid: i32, malloc: u64, stops: usize) -> Option<Vec<(u64, Vec<GdbFrame>)>> {
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("stacks.py");
+    let text = GDB.replace("MALLOC", &malloc.to_string()).replace("STOPS", &stops.to_string());
+    std::fs::write(&script, text.replace("FIRST", &FIRST.to_string()).replace("SEED", "7")).unwrap();
+    let mut gdb = Command::new("gdb");
+    gdb.args(["-batch", "-nx", "-q", "-iex", "set auto-load no", "-iex", "set debuginfod enabled off"]);
+    let output = gdb.args(["-p", &pid.to_string(), "-x"]).arg(&script).output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find_map(|line| line.strip_prefix("STACKS "));
+    let line = line.unwrap_or_else(|| panic!("gdb said: {text}{}", String::from_utf8_lossy(&output.stderr)));
+    Some(serde_json::from_str(line).unwrap())
+}
+
+/// Of each allocation of a size that gdb asked for the frames, innermost first: file and address in it, [`PYTHON`] for one or more of Python's.
+fn recorded(capture: &Path) -> HashMap<u64, Vec<String>> {
+    let view = FrameView { python: true, native: true, interpreter: true };
+    let mut reader = CaptureReader::open_with(capture, &view.into()).unwrap();
+    let (mut stacks, mut names) = (HashMap::new(), HashMap::new());
+    while let Some(record) = reader.next().map(Result::unwrap) {
+        if let Record::Allocation(allocation) = record
+            && allocation.size >= FIRST
+        {
+            stacks.insert(allocation.size, allocation.stack);
+        }
+    }
+    let table = reader.stacks();
+    for (size, stack) in stacks {
+        let frames = table.frames(stack).map(|frame| match table.frame(frame) {
+            text if text.kind == FrameKind::Python => PYTHON.to_owned(),
+            text => text.function.to_owned(),
+        });
+        let mut frames: Vec<String> = frames.collect();
+        frames.dedup_by(|next, before| next == PYTHON && before == PYTHON);
+        names.insert(size, frames);
+    }
+    names
+}
+
+const PYTHON: &str = "python";
+
+/// Where addresses lie, in the words of a capture without names.
+fn places(pid: i32, frames: &[GdbFrame]) -> Vec<(String, bool)> {
+    let memory = ProcessMemory::new(pid);
+    let modules = modules(pid, &maps::mappings(pid).unwrap(), &memory).unwrap();
+    let place = |(address, is_loop): &GdbFrame| {
+        let at = heaptap::addr::RemoteAddr(*address);
+        match modules.iter().find(|module| module.contains(at)) {
+            Some(module) => (format!("{:#x} in {}", module.bias().to_image(at).0, module.name()), *is_loop),
+            None => (format!("{address:#x}"), *is_loop),
+        }
+    };
+    frames.iter().map(place).collect()
+}
+
+/// Whether the frames are gdb's, with Python's in place of those of the loop. A call of the loop that has not begun to run is its own frame.
+fn is_same(found: &[String], expected: &[(String, bool)]) -> bool {
+    let same = |(found, (expected, is_loop)): (&String, &(String, bool))| {
+        found == expected || *is_loop && found == PYTHON
+    };
+    found.len() == expected.len() && found.iter().zip(expected).all(same)
+}
+
+fn malloc_of(pid: i32) -> u64 {
+    let memory = ProcessMemory::new(pid);
+    let modules = modules(pid, &maps::mappings(pid).unwrap(), &memory).unwrap();
+    let libc = modules.iter().find(|module| module.name().starts_with("libc.so")).expect("a dynamic libc");
+    libc.symbol_addr("malloc").unwrap().0
+}
+
+/// Compares what is recorded of a program that allocates everywhere with gdb's stacks.
+fn compare(python: &Python, libraries: &[&str], attach: &[&str], stops: usize) {
+    let folder = tempfile::tempdir().unwrap();
+    let library = cpp_library(folder.path());
+    let names: Vec<&str> = libraries.iter().map(|library| library.split("==").next().unwrap()).collect();
+    let settings = [("HEAPTAP_NATIVE", library.to_str().unwrap()), ("HEAPTAP_LIBRARIES", &names.join(" "))];
+    let mut program = Program::start_with(python, "allocates_everywhere.py", &settings);
+    program.line();
+    let pid = program.pid();
+    let before = Snapshot::take(pid);
+    let recording =
+        Recording::try_attach(pid, &[attach, &["--native", "--bundle-symbols", "false"]].concat());
+    let recording = recording.unwrap_or_else(|refusal| panic!("{python}: {refusal}"));
+    let Some(gdbs) = gdbs_stacks(pid, malloc_of(pid), stops) else { return missing("gdb") };
+    let expected: HashMap<u64, Vec<(String, bool)>> =
+        gdbs.into_iter().map(|(size, stack)| (size, places(pid, &stack))).collect();
+    let capture = recording.stop();
+    capture.assert_code(0);
+    assert_eq!(before.differences(pid), Vec::<String>::new(), "a trace was left");
+    let found = recorded(&capture.path);
+    let mut compared = 0;
+    for (size, expected) in &expected {
+        // Asked for while the thread was inside another call, or as the recording ended.
+        let Some(found) = found.get(size) else { continue };
+        assert!(
+            is_same(found, expected),
+            "{python}: {size} bytes by\n{found:#?}\ngdb:\n{expected:#?}\n{}",
+            capture.stderr
+        );
+        compared += 1;
+    }
+    println!("{python}: {compared} of {} stacks compared, all as gdb finds them", expected.len());
+    assert!(compared * 10 >= expected.len() * 5, "{compared} of {}", expected.len());
+}
+
+fn stops() -> usize {
+    if common::soak() { 500 } else { 40 }
+}
+
+#[test]
+fn native_frames_are_those_that_gdb_finds_at_allocations() {
+    let some = |python: &Python| {
+        python.libc == "glibc"
+            && python.name.starts_with("pyenv-")
+            && [8, 10, 11, 12, 13].contains(&python.minor())
+    };
+    for_each_python(some, |python| compare(python, &[], &["--exact", "--max-wait", "20s"], stops()));
+}
+
+#[test]
+fn native_frames_of_extensions_are_those_that_gdb_finds() {
+    let some = |python: &Python| python.name.starts_with("pyenv-3.11");
+    for_each_python(some, |python| {
+        let libraries = ["numpy==2.1.3", "lxml==5.3.0", "rpds-py==0.20.0"];
+        match environment(python, &libraries) {
+            Ok(command) => {
+                let python = Python { command, ..python.clone() };
+                compare(&python, &libraries, &["--exact", "--max-wait", "20s"], stops());
+            }
+            Err(why) => skipped(&format!("extensions on {python}: {why}")),
+        }
+    });
+}
