@@ -11,22 +11,9 @@ use heaptap::image::modules;
 use heaptap::inferior::maps;
 use heaptap::inferior::memory::ProcessMemory;
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use support::Program;
-
-/// `fixtures/native/allocates.cpp`, compiled.
-fn cpp_library(folder: &Path) -> PathBuf {
-    let library = folder.join("allocates.so");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/native/allocates.cpp");
-    let mut compiler = Command::new("c++");
-    compiler
-        .args(["-shared", "-fPIC", "-O2", "-g", "-std=c++17", "-pthread", "-o"])
-        .arg(&library)
-        .arg(source);
-    assert!(compiler.status().expect("c++ is needed").success());
-    library
-}
 
 /// Stops where memory is asked for, now and then; asks for so much instead that the allocation can be told from all others; and
 /// prints the addresses of the frames that called.
@@ -136,7 +123,7 @@ fn malloc_of(pid: i32) -> u64 {
 /// Compares what is recorded of a program that allocates everywhere with gdb's stacks.
 fn compare(python: &Python, libraries: &[&str], attach: &[&str], stops: usize) {
     let folder = tempfile::tempdir().unwrap();
-    let library = cpp_library(folder.path());
+    let library = common::native::allocates(folder.path());
     let names: Vec<&str> = libraries.iter().map(|library| library.split("==").next().unwrap()).collect();
     let settings = [("HEAPTAP_NATIVE", library.to_str().unwrap()), ("HEAPTAP_LIBRARIES", &names.join(" "))];
     let mut program = Program::start_with(python, "allocates_everywhere.py", &settings);

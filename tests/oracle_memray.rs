@@ -49,7 +49,7 @@ fn prepare(python: &Python) -> Result<PathBuf, String> {
     Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
 }
 
-fn memray_says(python: &Path, capture: &Path, view: Option<&str>) -> String {
+fn memray_says(python: &Path, capture: &Path, view: &[&str]) -> String {
     let output = Command::new(python).arg(script()).arg("records").args(view).arg(capture).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
@@ -158,12 +158,12 @@ fn heaptap_and_memray_agree() {
         };
         let folder = tempfile::tempdir().unwrap();
         let capture = run_memray(python, &venv, folder.path());
-        let memray = Dump::parse(&memray_says(&venv, &capture, None));
+        let memray = Dump::parse(&memray_says(&venv, &capture, &[]));
         let expected = records(&memray);
         assert!(expected.len() > 100, "memray saw only {} sites", expected.len());
 
-        let expected_peak = memray_summed(&memray_says(&venv, &capture, Some("--high-water")));
-        let expected_leaks = memray_summed(&memray_says(&venv, &capture, Some("--leaks")));
+        let expected_peak = memray_summed(&memray_says(&venv, &capture, &["--high-water"]));
+        let expected_leaks = memray_summed(&memray_says(&venv, &capture, &["--leaks"]));
         for kind in Kind::all() {
             let dump = recorded(python, kind);
             let found = differing(&records(&dump), &expected);
@@ -188,9 +188,9 @@ fn memray_confirms_the_fixtures() {
         };
         let folder = tempfile::tempdir().unwrap();
         let capture = run_memray(python, &venv, folder.path());
-        let dump = Dump::parse(&memray_says(&venv, &capture, None));
+        let dump = Dump::parse(&memray_says(&venv, &capture, &[]));
         let peak = summed(dump.high_water.iter().map(|&index| &dump.allocations[index]));
-        let theirs = memray_summed(&memray_says(&venv, &capture, Some("--high-water")));
+        let theirs = memray_summed(&memray_says(&venv, &capture, &["--high-water"]));
         assert_eq!(differing(&peak, &theirs), Vec::<String>::new());
         assert!(
             peak.values().any(|(bytes, count)| (*bytes, *count) == (16 * ((3 << 20) + 33), 16)),
@@ -207,7 +207,65 @@ fn memray_confirms_the_fixtures() {
             let mut target = Target::builder(&with_memray, program).interpreter_args(&arguments).start();
             let truth = common::truth::Truth::from_json(target.go());
             assert!(target.exit().success());
-            truth.assert_matches(&Dump::parse(&memray_says(&venv, &capture, None)));
+            truth.assert_matches(&Dump::parse(&memray_says(&venv, &capture, &[])));
+        }
+    });
+}
+
+/// Bytes and blocks that are kept, by the line of the library's source that asked for them.
+type Kept = BTreeMap<(String, u32), (u64, usize)>;
+
+fn keep<'a>(kept: impl Iterator<Item = (u64, usize, &'a [Frame])>) -> Kept {
+    let mut sums = Kept::new();
+    for (size, count, stack) in kept {
+        let line = stack.iter().find(|frame| frame.base() == "allocates.cpp");
+        let caller = stack.iter().find(|frame| frame.base() == "native_keeps.py");
+        if let (Some(line), Some(caller)) = (line, caller) {
+            let function = caller.function.rsplit('.').next().unwrap_or_default().to_owned();
+            let sum = sums.entry((function, line.line)).or_default();
+            *sum = (sum.0 + size, sum.1 + count);
+        }
+    }
+    sums
+}
+
+/// `memray run --native`: the same lines of C++ below the same functions of Python, with the same sizes.
+#[test]
+fn heaptap_and_memray_agree_about_native_frames() {
+    for_each_python(compared, |python| {
+        let venv = match prepare(python) {
+            Ok(venv) => venv,
+            Err(why) => return common::missing(&format!("memray for {python}: {why}")),
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let library = common::native::allocates(folder.path());
+        let library = library.to_str().unwrap();
+        let capture = folder.path().join("memray.bin");
+        let with_memray = Python { command: venv.clone(), ..python.clone() };
+        let arguments = ["-m", "memray", "run", "--native", "-q", "-o", capture.to_str().unwrap()];
+        let target = Target::builder(&with_memray, "native_keeps.py").env("HEAPTAP_NATIVE", library);
+        let mut target = target.interpreter_args(&arguments).start();
+        target.go();
+        assert!(target.exit().success());
+        let leaked = memray_says(&venv, &capture, &["--leaks", "--native"]);
+        let leaked: Vec<Live> = leaked.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let expected = keep(leaked.iter().map(|live| (live.size, live.count, &live.stack[..])));
+        assert!(
+            expected.len() >= 4 && expected.values().any(|(bytes, _)| *bytes >= 8 * 600_000),
+            "{expected:#?}"
+        );
+
+        for kind in Kind::all() {
+            let mut target =
+                Target::builder(python, "native_keeps.py").env("HEAPTAP_NATIVE", library).start();
+            let before = common::Snapshot::take(target.pid());
+            let recording = Recording::attach(&target, &kind.with(&["--native"]));
+            target.go();
+            let dump = recording.stop().assert_code(0).dump();
+            common::snapshot::assert_left_no_trace(&before, &mut target);
+            let kept = dump.allocations.iter().filter(|allocation| allocation.live > 0);
+            let found = keep(kept.map(|allocation| (allocation.size, 1, &allocation.stack[..])));
+            assert_eq!(differing(&found, &expected), Vec::<String>::new(), "{kind}");
         }
     });
 }

@@ -205,7 +205,7 @@ mod tests {
             rule: Rule::UNKNOWN,
         };
         let needed = NativeArea::needed(&[code(0x10_0000)]);
-        let mut area = NativeArea::new(RemoteAddr(0x1000), needed + 192);
+        let mut area = NativeArea::new(RemoteAddr(0x1000), needed + 128);
         let (writes, directory) = area.publish(&[code(0x10_0000)]).unwrap();
         assert_eq!(writes.last().unwrap().0, directory);
         // The same file twice: a directory alone.

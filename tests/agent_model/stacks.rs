@@ -212,7 +212,12 @@ fn frames_that_run_no_code_count_for_nothing() {
         }
         let mixed = Stack::new(facts, &mixed);
         assert_eq!(mixed.hash(state), alone.hash(state));
-        assert_eq!(mixed.frames(state, MAX_DEPTH), alone.frames(state, MAX_DEPTH));
+        // But they tell where a call of the loop began: bit 0 of the code.
+        let frames = |stack: &Stack| -> Vec<u64> {
+            let told = stack.frames(state, MAX_DEPTH).0;
+            told.iter().enumerate().map(|(n, word)| if n % 2 == 0 { word & !1 } else { *word }).collect()
+        };
+        assert_eq!(frames(&mixed), frames(&alone));
         let nothing = Stack::new(facts, &[Made::Shim, Made::NoCode, Made::Shim]);
         assert_eq!((nothing.hash(state), nothing.frames(state, 4)), (0, (vec![], false)));
     }

@@ -9,6 +9,7 @@ pub mod dump;
 pub mod family;
 pub mod heaptap;
 pub mod kind;
+pub mod native;
 pub mod pointers;
 pub mod pythons;
 pub mod sites;
