@@ -183,3 +183,92 @@ fn native_frames_of_extensions_are_those_that_gdb_finds() {
         }
     });
 }
+
+/// Of the allocations of `size` bytes and one more the names of their frames, innermost first.
+fn named(capture: &Path, size: u64) -> Vec<Vec<String>> {
+    let mut reader = CaptureReader::open(capture).unwrap();
+    let mut stacks = Vec::new();
+    while let Some(record) = reader.next().map(Result::unwrap) {
+        if let Record::Allocation(allocation) = record
+            && (size..size + 64).contains(&allocation.size)
+        {
+            stacks.push(allocation.stack);
+        }
+    }
+    let table = reader.stacks();
+    let names = |stack| table.frames(stack).map(|frame| table.frame(frame).function.to_owned()).collect();
+    stacks.into_iter().map(names).collect()
+}
+
+/// Libraries that come, go, and come to lie in each other's place while every allocation is recorded: a moment after each change
+/// stacks lead through the new code, whole; before that they are cut short, never led elsewhere.
+#[test]
+fn libraries_that_come_and_go_are_followed() {
+    let some =
+        |python: &Python| python.name.starts_with("pyenv-3.11") || python.name.starts_with("pyenv-3.13");
+    for_each_python(some, |python| {
+        let folder = tempfile::tempdir().unwrap();
+        let cpp = common::native::allocates(folder.path());
+        let deeper = common::native::compile("cc", "allocates_deeper.c", folder.path());
+        let mut program = Program::start(python, "loads_later.py");
+        program.line();
+        let pid = program.pid();
+        let recording = Recording::try_attach(pid, &["--exact", "--native", "--max-wait", "20s"]).unwrap();
+        let mut size = 2 << 20;
+        let mut say = |line: &str| {
+            program.say(line);
+            program.line();
+        };
+        let mut places = Vec::new();
+        let mut sizes = Vec::new();
+        for round in 0..6 {
+            let library = if round % 2 == 0 { &cpp } else { &deeper };
+            say(&format!("load {}", library.display()));
+            let mapped = maps::mappings(pid).unwrap();
+            let is_it = |map: &&heaptap::mapping::Mapping| {
+                map.perms.execute && format!("{:?}", map.backing).contains(library.to_str().unwrap())
+            };
+            places.push(mapped.iter().find(is_it).expect("mapped").start);
+            for _ in 0..20 {
+                say(&format!("call {size}"));
+                sizes.push((round, size));
+                size += 128;
+            }
+            // Until whoever watches has seen it: the recorder looks every 15 ms when something is recorded.
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            for _ in 0..3 {
+                say(&format!("call {size}"));
+                sizes.push((round + 100, size));
+                size += 128;
+            }
+            say("unload");
+        }
+        assert!(places.windows(2).any(|two| two[0].0.abs_diff(two[1].0) < 1 << 16), "{places:x?}");
+        let capture = recording.stop();
+        capture.assert_code(0);
+        let (mut whole, mut cut) = (0, 0);
+        for (round, size) in sizes {
+            let expected: &[&str] = match round % 2 {
+                0 => &["allocate_and_call"],
+                _ => &["innermost", "between", "allocate_and_call"],
+            };
+            for stack in named(&capture.path, size) {
+                let of_library = |name: &&String| expected.contains(&name.as_str());
+                let at = stack.iter().position(|name| expected.contains(&name.as_str()));
+                let found: Vec<&String> = stack.iter().filter(of_library).collect();
+                if stack.iter().any(|name| name == "<truncated here>") {
+                    assert!(round < 100, "cut short though nothing has changed: {stack:?}");
+                    cut += 1;
+                    continue;
+                }
+                whole += 1;
+                let at = at.unwrap_or_else(|| panic!("not through the library: {stack:?}"));
+                assert_eq!(stack[at..at + expected.len()], *expected, "{stack:?}");
+                assert_eq!(found.len(), expected.len(), "{stack:?}");
+                assert!(stack.iter().any(|name| name == "<module>"), "{stack:?}");
+            }
+        }
+        println!("{python}: {whole} stacks whole, {cut} cut short");
+        assert!(whole >= 6 * 3 * 2, "{whole} whole, {cut} cut");
+    });
+}

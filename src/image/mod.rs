@@ -13,6 +13,7 @@ mod unwind_rows;
 
 pub use elf::{ImageError, Section, Segment};
 pub use libc::{Libc, LibcKind, libc_of};
+pub use link_map::LinkMap;
 pub use symbols::{Symbol, SymbolKind};
 pub use unwind_rows::UnwindRows;
 
@@ -245,15 +246,25 @@ fn bias_of(file: &ElfFile, group: &[&Mapping]) -> Option<Bias> {
 /// "executable" and has none, so its own `_r_debug` is asked. (musl has one file for both and no such symbol, but its
 /// program's `DT_DEBUG` is set: every module is tried.)
 fn lookup_order(found: &[(Module, bool)], memory: &dyn RemoteMemory) -> Option<Vec<RemoteAddr>> {
+    let exe = found.iter().filter(|(_, is_exe)| *is_exe).map(|(module, _)| module);
+    link_map(exe.chain(found.iter().map(|(module, _)| module)), memory).map(|list| list.dynamics())
+}
+
+/// The dynamic linker's list of what is loaded, as the first of these modules that knows has it.
+pub fn link_map<'a>(
+    modules: impl Iterator<Item = &'a Module> + Clone,
+    memory: &dyn RemoteMemory,
+) -> Option<LinkMap> {
     let dynamic = |module: &Module| {
         let (addr, len) = module.file.dynamic()?;
-        link_map::from_dynamic(memory, module.bias.to_remote(addr), len)
+        LinkMap::from_dynamic(memory, module.bias.to_remote(addr), len)
     };
-    let exe = found.iter().find(|(_, is_exe)| *is_exe).map(|(module, _)| module);
-    exe.and_then(dynamic)
+    let mut rest = modules.clone();
+    rest.next()
+        .and_then(dynamic)
         .or_else(|| {
-            let linker = found.iter().find_map(|(module, _)| module.symbol_addr("_r_debug"))?;
-            link_map::from_r_debug(memory, linker)
+            let linker = modules.clone().find_map(|module| module.symbol_addr("_r_debug"))?;
+            LinkMap::from_r_debug(memory, linker)
         })
-        .or_else(|| found.iter().find_map(|(module, _)| dynamic(module)))
+        .or_else(|| rest.find_map(dynamic))
 }

@@ -88,6 +88,11 @@ impl Tables {
         self.files.iter().filter_map(|file| file.rows.get()).map(|rows| rows.len()).sum()
     }
 
+    /// All files, mapped now or before.
+    pub fn modules(&self) -> impl Iterator<Item = &Module> + Clone {
+        self.files.iter().map(|file| &*file.module)
+    }
+
     /// A file.
     pub fn file(&self, number: usize) -> &Arc<Module> {
         &self.files[number].module

@@ -208,6 +208,7 @@ impl AgentSource {
     /// Tells the agent which code came and went.
     fn publish_code(&mut self) {
         let Some(code) = self.merger.told().native_code().filter(|_| self.gone.is_none()) else { return };
+        code.watch();
         if !code.take_changed() {
             return;
         }

@@ -1,7 +1,7 @@
 //! [`NativeCode`]: the native frames of a process that is recorded, from addresses to the capture's ids.
 //!
-//! Knows which files the process has mapped, and looks again when an address is met that lies in none of them, and about once a
-//! second. What a frame is called is found out at the end, from the files as they were when they were mapped: a library that was
+//! Knows which files the process has mapped, and looks again when the dynamic linker has another list of what is loaded, when an address is
+//! met that lies in none of them, and about once a second. What a frame is called is found out at the end, from the files as they were when they were mapped: a library that was
 //! replaced on disk meanwhile is still open here.
 
 use super::RecordError;
@@ -9,7 +9,7 @@ use super::look_native::{NativeEyes, root};
 use super::trap::DEEPER;
 use crate::addr::{ImageAddr, RemoteAddr};
 use crate::capture::{CaptureWriter, FrameId, ModuleId, NativeFrame, NativePlace};
-use crate::image::{Module, modules, vdso};
+use crate::image::{LinkMap, Module, link_map, modules, vdso};
 use crate::inferior::maps;
 use crate::inferior::memory::ProcessMemory;
 use crate::mapping::{Backing, Mapping};
@@ -26,6 +26,8 @@ use std::time::{Duration, Instant};
 pub const CUT: &str = "<truncated here>";
 /// How often the mappings are read for an address that lies in none.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How often the dynamic linker's list is looked at.
+const WATCH_EVERY: Duration = Duration::from_millis(15);
 /// Room for files that are mapped later.
 const MOST_TO_COME: u64 = 8 << 20;
 /// Addresses remembered before the memory of them starts anew.
@@ -49,6 +51,10 @@ pub struct NativeCode {
     /// What could be executed at the last look.
     executable: Vec<Mapping>,
     looked: Instant,
+    /// What the dynamic linker had loaded then, and when that was looked at last.
+    loaded: Option<LinkMap>,
+    loaded_looked: Instant,
+    memory: ProcessMemory,
     /// Code came or went, and [`NativeCode::take_changed`] has not said so yet.
     changed: bool,
     frames: HashMap<(u64, bool), Option<FrameId>, RandomState>,
@@ -61,7 +67,8 @@ pub struct NativeCode {
 impl NativeCode {
     /// The code that process `pid` has mapped now; reads all its unwind data. `python`: the path of the file that holds the runtime.
     pub fn open(pid: i32, python: &str) -> Result<Self, RecordError> {
-        let (executable, modules) = look(pid)?;
+        let memory = ProcessMemory::new(pid);
+        let (executable, loaded, modules) = look(pid, &memory)?;
         let eyes = NativeEyes::open(modules, python);
         Ok(Self {
             pid,
@@ -69,6 +76,9 @@ impl NativeCode {
             eyes,
             executable,
             looked: Instant::now(),
+            loaded,
+            loaded_looked: Instant::now(),
+            memory,
             changed: false,
             frames: HashMap::default(),
             module_ids: HashMap::new(),
@@ -114,6 +124,17 @@ impl NativeCode {
         std::mem::take(&mut self.changed)
     }
 
+    /// Looks which code is mapped, if the dynamic linker has loaded or unloaded something: an address may mean other code by now.
+    pub fn watch(&mut self) {
+        if self.loaded_looked.elapsed() < WATCH_EVERY {
+            return;
+        }
+        self.loaded_looked = Instant::now();
+        if self.loaded.as_ref().is_some_and(|loaded| loaded.has_changed(&self.memory)) {
+            self.refresh();
+        }
+    }
+
     /// Looks which code is mapped. A process that is gone has the code it had.
     pub fn refresh(&mut self) {
         self.looked = Instant::now();
@@ -121,12 +142,16 @@ impl NativeCode {
             Ok(maps) => executable(maps),
             Err(error) => return tracing::debug!("{error}"),
         };
-        if executable == self.executable || !self.is_same_program(&executable) {
+        if !self.is_same_program(&executable) {
             return;
         }
-        match look(self.pid) {
-            Ok((executable, modules)) => {
-                self.executable = executable;
+        if executable == self.executable {
+            self.loaded = link_map(self.eyes.tables().modules(), &self.memory);
+            return;
+        }
+        match look(self.pid, &self.memory) {
+            Ok((executable, loaded, modules)) => {
+                (self.executable, self.loaded) = (executable, loaded);
                 self.eyes.update(modules);
                 self.frames.clear();
                 self.changed = true;
@@ -252,12 +277,15 @@ impl NativeCode {
     }
 }
 
-fn look(pid: i32) -> Result<(Vec<Mapping>, Vec<Module>), RecordError> {
-    let memory = ProcessMemory::new(pid);
+/// What can be executed, what is loaded, and the files.
+type Code = (Vec<Mapping>, Option<LinkMap>, Vec<Module>);
+
+fn look(pid: i32, memory: &ProcessMemory) -> Result<Code, RecordError> {
     let maps = maps::mappings(pid)?;
-    let mut modules = modules(maps::memory_holder(pid), &maps, &memory)?;
-    modules.extend(vdso(&maps, &memory));
-    Ok((executable(maps), modules))
+    let mut modules = modules(maps::memory_holder(pid), &maps, memory)?;
+    let loaded = link_map(modules.iter(), memory);
+    modules.extend(vdso(&maps, memory));
+    Ok((executable(maps), loaded, modules))
 }
 
 fn executable(maps: Vec<Mapping>) -> Vec<Mapping> {

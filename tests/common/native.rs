@@ -5,13 +5,15 @@ use std::process::Command;
 
 /// `allocates.cpp`, into a folder.
 pub fn allocates(folder: &Path) -> PathBuf {
-    let library = folder.join("allocates.so");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/native/allocates.cpp");
-    let mut compiler = Command::new("c++");
-    compiler
-        .args(["-shared", "-fPIC", "-O2", "-g", "-std=c++17", "-pthread", "-o"])
-        .arg(&library)
-        .arg(source);
-    assert!(compiler.status().expect("c++ is needed").success());
+    compile("c++", "allocates.cpp", folder)
+}
+
+/// A source of `fixtures/native`, into a folder.
+pub fn compile(compiler: &str, source: &str, folder: &Path) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/native").join(source);
+    let library = folder.join(source.file_name().expect("a file")).with_extension("so");
+    let mut command = Command::new(compiler);
+    command.args(["-shared", "-fPIC", "-O2", "-g", "-pthread", "-o"]).args([&library, &source]);
+    assert!(command.status().unwrap_or_else(|e| panic!("{compiler} is needed: {e}")).success());
     library
 }
