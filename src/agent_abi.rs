@@ -123,6 +123,8 @@ pub struct State {
     pub native: u64,
     /// Where the main thread's stack ends.
     pub stack_end: u64,
+    /// Address of the [`LastStack`]s, one for each ring but the shared one; 0: there are none.
+    pub last_stacks: u64,
     /// Return addresses that mark a call to the mmap family as an allocator's own: [first, last] pairs, zero ends.
     pub internal_callers: [[u64; 2]; INTERNAL_CALLERS],
     /// Threads for which there was no slot or that could not be told: calls passed through.
@@ -155,6 +157,38 @@ pub struct State {
 
 /// Where native stacks' code and its unwind rows lie behind the state, in memory that is mapped with it.
 pub const NATIVE_AT: usize = size_of::<State>().next_multiple_of(4096);
+
+/// Frames of a thread's last native stack that are remembered, and those found since while a stack is walked.
+pub const LAST_FRAMES: usize = 1000;
+
+/// The native stack that the thread of a ring told last: most of it is still there at its next event. Zero is none.
+#[repr(C)]
+pub struct LastStack {
+    /// The [`Directory`] by which it was walked.
+    pub directory: u64,
+    /// Frames of it.
+    pub count: u64,
+    /// They, outermost first.
+    pub frames: [LastFrame; LAST_FRAMES],
+}
+
+/// A frame of it: its registers, and how those of its caller were found.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct LastFrame {
+    /// Its rsp.
+    pub sp: u64,
+    /// Where it executes.
+    pub pc: u64,
+    /// Its rbp, if that is known.
+    pub bp: u64,
+    /// Hash of it and all outside of it.
+    pub hash: u64,
+    /// The caller's rbp was read so many bytes below its rsp; 0: it was not read.
+    pub bp_below: u32,
+    /// Of the agent's.
+    pub flags: u32,
+}
 
 /// A part of a stack that is readable as long as its thread lives: none of it is empty.
 #[repr(C)]
@@ -346,8 +380,8 @@ pub mod record {
     /// `[_, code, generation | part << 32, total, offset | len << 32, bytes…]`: a piece of a code object's text, see
     /// [`super::part`]. `total` is the whole part's length in bytes.
     pub const CODE: u8 = 9;
-    /// `[_, hash, count, address × count]`: the native frames that belong to a stack, told before its STACK, innermost first: addresses
-    /// within the instructions that they execute. The count's bit 63: the last one's code does not tell who called it; bit 62:
+    /// `[_, hash, count, directory, address × count]`: the native frames that belong to a stack, told before its STACK, innermost first:
+    /// addresses within the instructions that they execute, in the code of that [`super::Directory`]. The count's bit 63: the last one's code does not tell who called it; bit 62:
     /// more frames were left out.
     pub const NATIVE: u8 = 12;
     /// `[_, tid]`: the records that follow in this ring are this thread's.

@@ -23,7 +23,7 @@ struct Nothing;
 
 impl Definitions for Nothing {
     fn stack(&mut self, _: u64, _: impl ExactSizeIterator<Item = ToldFrame>, _: bool) {}
-    fn native(&mut self, _: u64, _: impl ExactSizeIterator<Item = u64>, _: NativeEnd) {}
+    fn native(&mut self, _: u64, _: u64, _: impl ExactSizeIterator<Item = u64>, _: NativeEnd) {}
     fn code(&mut self, _: CodePiece<'_>) {}
 }
 

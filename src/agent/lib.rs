@@ -15,6 +15,7 @@ mod codes;
 mod entry;
 mod exact;
 mod hooks;
+mod last_stack;
 mod machine;
 mod native;
 mod python;

@@ -11,7 +11,7 @@ use crate::abi::{
     BLOCK, CodeRange, Directory, MAX_NATIVE_DEPTH, NATIVE_CUT, NATIVE_DEEPER, Slot, StackBounds, State, may,
 };
 use crate::hooks::Call;
-use crate::machine;
+use crate::{last_stack, machine};
 use crate::python::{fold, half, word};
 use crate::unwind_abi::{Registers, Rule, Step, step};
 
@@ -35,9 +35,16 @@ const FACTOR: u64 = 0x24a1_9947_b391_6cf7;
 /// # Safety
 /// `slot` is the calling thread's, `call` is on its stack.
 pub unsafe fn hash(state: *mut State, slot: *mut Slot, call: *const Call) -> u64 {
-    let mut hash = SEED;
-    let end = walk(state, slot, call, |at| hash = fold(hash ^ at, FACTOR));
-    let hash = hash ^ end;
+    // Where other code is mapped, the same addresses are another stack.
+    let directory = directory(state);
+    let hash = match last_stack::hash(state, slot, call, directory) {
+        Some(hash) => hash ^ directory as u64,
+        None => {
+            let mut hash = SEED;
+            let end = walk(state, slot, call, directory, |at| hash = fold(hash ^ at, FACTOR));
+            hash ^ end ^ directory as u64
+        }
+    };
     if hash == 0 { 1 } else { hash }
 }
 
@@ -45,9 +52,15 @@ pub unsafe fn hash(state: *mut State, slot: *mut Slot, call: *const Call) -> u64
 ///
 /// # Safety
 /// As for [`hash`]; `out` has room for [`MAX_NATIVE_DEPTH`] words.
-pub unsafe fn frames(state: *mut State, slot: *mut Slot, call: *const Call, out: *mut u64) -> (usize, u64) {
+pub unsafe fn frames(
+    state: *mut State,
+    slot: *mut Slot,
+    call: *const Call,
+    directory: *const Directory,
+    out: *mut u64,
+) -> (usize, u64) {
     let mut count = 0;
-    let end = walk(state, slot, call, |at| {
+    let end = walk(state, slot, call, directory, |at| {
         out.add(count).write(at);
         count += 1;
     });
@@ -55,11 +68,14 @@ pub unsafe fn frames(state: *mut State, slot: *mut Slot, call: *const Call, out:
 }
 
 #[inline(always)]
-unsafe fn walk(state: *mut State, slot: *mut Slot, call: *const Call, mut see: impl FnMut(u64)) -> u64 {
-    let directory = (&raw const (*state).native).read_volatile() as *const Directory;
-    // Behind the call's record lie the caller's rbp and the return address: see `entry::heaptap_any`.
-    let saved = call as u64 + size_of::<Call>() as u64;
-    let mut frame = Registers { pc: (*call).caller, sp: saved + 16, bp: Some(word(saved)), is_return: true };
+unsafe fn walk(
+    state: *mut State,
+    slot: *mut Slot,
+    call: *const Call,
+    directory: *const Directory,
+    mut see: impl FnMut(u64),
+) -> u64 {
+    let mut frame = caller(call);
     let mut stack = Readable::of(state, slot, frame.sp);
     let mut range: *const CodeRange = core::ptr::null();
     let mut left = MAX_NATIVE_DEPTH;
@@ -84,8 +100,19 @@ unsafe fn walk(state: *mut State, slot: *mut Slot, call: *const Call, mut see: i
     }
 }
 
+/// The code as the controller has told it last.
+pub(crate) unsafe fn directory(state: *mut State) -> *const Directory {
+    (&raw const (*state).native).read_volatile() as *const Directory
+}
+
+/// The frame that made a hooked call: behind the call's record lie its rbp and the return address, see `entry::heaptap_any`.
+pub(crate) unsafe fn caller(call: *const Call) -> Registers {
+    let saved = call as u64 + size_of::<Call>() as u64;
+    Registers { pc: (*call).caller, sp: saved + 16, bp: Some(word(saved)), is_return: true }
+}
+
 /// The range that holds `at`; null where there is none.
-unsafe fn find(directory: *const Directory, at: u64) -> *const CodeRange {
+pub(crate) unsafe fn find(directory: *const Directory, at: u64) -> *const CodeRange {
     let ranges = directory.add(1) as *const CodeRange;
     let (mut from, mut to) = (0, (*directory).count as usize);
     while from < to {
@@ -102,7 +129,7 @@ unsafe fn find(directory: *const Directory, at: u64) -> *const CodeRange {
 
 /// What holds at an address of the range.
 #[inline(always)]
-unsafe fn rule(range: *const CodeRange, at: u64) -> Rule {
+pub(crate) unsafe fn rule(range: *const CodeRange, at: u64) -> Rule {
     if (*range).blocks == 0 {
         return Rule((*range).rule);
     }
@@ -127,11 +154,11 @@ unsafe fn rule(range: *const CodeRange, at: u64) -> Rule {
 }
 
 /// What of the memory is known to be readable during one walk.
-struct Readable {
+pub(crate) struct Readable {
     state: *mut State,
     /// First byte of the known part of the stack, and how many words may begin in it.
-    low: u64,
-    len: u64,
+    pub(crate) low: u64,
+    pub(crate) len: u64,
     /// A page elsewhere that was tried last.
     page: u64,
     tried: u32,
@@ -139,7 +166,7 @@ struct Readable {
 
 impl Readable {
     #[inline(always)]
-    unsafe fn of(state: *mut State, slot: *mut Slot, sp: u64) -> Self {
+    pub(crate) unsafe fn of(state: *mut State, slot: *mut Slot, sp: u64) -> Self {
         let bounds = (&raw mut (*state).stack_bounds).cast::<StackBounds>().add((*slot).number as usize - 1);
         if sp < (*bounds).low || sp >= (*bounds).high {
             learn(state, slot, bounds, sp);
@@ -150,7 +177,7 @@ impl Readable {
     }
 
     #[inline(always)]
-    unsafe fn read(&mut self, at: u64) -> Option<u64> {
+    pub(crate) unsafe fn read(&mut self, at: u64) -> Option<u64> {
         if at.wrapping_sub(self.low) < self.len { Some(word(at)) } else { self.read_elsewhere(at) }
     }
 

@@ -59,9 +59,10 @@ unsafe fn tell(
 ) -> bool {
     let frames = ring.scratch();
     if !call.is_null() {
-        let (count, end) = native::frames(state, slot, call, frames);
-        let counted = count as u64 | end;
-        if !ring.push_bytes(record::NATIVE, &[hash, counted, 0, 0], 2, frames.cast(), count * 8) {
+        let directory = native::directory(state);
+        let (count, end) = native::frames(state, slot, call, directory, frames);
+        let head = [hash, count as u64 | end, directory as u64, 0];
+        if !ring.push_bytes(record::NATIVE, &head, 3, frames.cast(), count * 8) {
             return false;
         }
     }

@@ -15,5 +15,5 @@ mod walk;
 pub use merge::{Merged, merge};
 pub use names::{Names, Place};
 pub use parts::parts;
-pub use tables::Tables;
+pub use tables::{CodeMap, Tables};
 pub use walk::{Ended, Stack, walk};

@@ -7,6 +7,19 @@ use std::cell::OnceCell;
 use std::ops::Range;
 use std::sync::Arc;
 
+/// The code that was mapped at one moment, by ascending address.
+#[derive(Debug, Default)]
+pub struct CodeMap(Vec<Code>);
+
+impl CodeMap {
+    /// The number of the file whose code is there.
+    pub fn file(&self, at: RemoteAddr) -> Option<usize> {
+        let after = self.0.partition_point(|code| code.start <= at);
+        let code = &self.0[after.checked_sub(1)?];
+        (at < code.end).then_some(code.file)
+    }
+}
+
 /// Code of one file.
 #[derive(Debug)]
 struct Code {
@@ -28,7 +41,7 @@ struct File {
 pub struct Tables {
     files: Vec<File>,
     /// What is mapped now.
-    code: Vec<Code>,
+    code: Arc<CodeMap>,
 }
 
 /// What is known of a place in the code.
@@ -50,13 +63,14 @@ impl Tables {
 
     /// What is mapped now are these files.
     pub fn update(&mut self, modules: impl IntoIterator<Item = Module>) {
-        self.code.clear();
+        let mut code = Vec::new();
         for module in modules {
             let file = self.number(module);
             let executable = self.files[file].module.ranges().iter().filter(|range| range.perms.execute);
-            self.code.extend(executable.map(|range| Code { start: range.start, end: range.end, file }));
+            code.extend(executable.map(|range| Code { start: range.start, end: range.end, file }));
         }
-        self.code.sort_by_key(|code| code.start);
+        code.sort_by_key(|code| code.start);
+        self.code = Arc::new(CodeMap(code));
     }
 
     fn number(&mut self, module: Module) -> usize {
@@ -78,7 +92,7 @@ impl Tables {
 
     /// Makes the rules of all files now.
     pub fn prepare(&self) {
-        for code in &self.code {
+        for code in &self.code.0 {
             self.rows_of(code.file);
         }
     }
@@ -101,7 +115,7 @@ impl Tables {
     /// The files that are mapped now, and the numbers of the ranges of their code.
     pub fn mapped(&self) -> Vec<(usize, Vec<Range<RemoteAddr>>)> {
         let mut mapped: Vec<(usize, Vec<Range<RemoteAddr>>)> = Vec::new();
-        for code in &self.code {
+        for code in &self.code.0 {
             match mapped.iter_mut().find(|(file, _)| *file == code.file) {
                 Some((_, ranges)) => ranges.push(code.start..code.end),
                 None => mapped.push((code.file, vec![code.start..code.end])),
@@ -118,9 +132,18 @@ impl Tables {
 
     /// The file whose code is there, and where in it.
     pub fn place(&self, at: RemoteAddr) -> Option<(usize, ImageAddr)> {
-        let after = self.code.partition_point(|code| code.start <= at);
-        let code = &self.code[after.checked_sub(1)?];
-        (at < code.end).then(|| (code.file, self.files[code.file].module.bias().to_image(at)))
+        self.place_in(&self.code, at)
+    }
+
+    /// The same, of code that was mapped at some moment.
+    pub fn place_in(&self, code: &CodeMap, at: RemoteAddr) -> Option<(usize, ImageAddr)> {
+        let file = code.file(at)?;
+        Some((file, self.files[file].module.bias().to_image(at)))
+    }
+
+    /// What is mapped now.
+    pub fn code(&self) -> &Arc<CodeMap> {
+        &self.code
     }
 
     /// What is known of a place; `None` where no file has code.

@@ -108,8 +108,8 @@ pub struct Loaded {
     pub hooks: Vec<Hook>,
     /// The ring memory.
     pub memfd: OwnedFd,
-    /// Where native stacks' code lies.
-    pub native: Option<NativeArea>,
+    /// Where native stacks' code lies, and the directory of it.
+    pub native: Option<(NativeArea, RemoteAddr)>,
 }
 
 impl Loaded {
@@ -203,8 +203,10 @@ impl Loader<'_> {
         let patches: Vec<Patch> = regions.iter().flat_map(|r| r.hooks.iter().map(|h| h.patch)).collect();
         regions[0].finish_first(&patches, &parts, &bases[1..])?;
         self.inferior.write(agent, &image.bytes)?;
-        let (native, directory) = self.write_native(settings, state.0)?;
-        self.inferior.write(state.0, &state_bytes(settings, rings, directory, self.inferior.pid()))?;
+        let native = self.write_native(settings, state.0)?;
+        let directory = native.as_ref().map_or(RemoteAddr::NULL, |(_, directory)| *directory);
+        let bytes = state_bytes(settings, rings, (state.0, directory), self.inferior.pid());
+        self.inferior.write(state.0, &bytes)?;
         for region in &regions {
             self.inferior.write(region.base, &region.image()?)?;
         }
@@ -280,7 +282,10 @@ impl Loader<'_> {
 
     /// Zero in a forked child: it passes everything through. No huge pages: a touch would take 2 MiB.
     fn map_state(&mut self, settings: &Settings) -> Result<(RemoteAddr, u64), ProbeError> {
-        let native = settings.native.as_ref().map(|native| abi::NATIVE_AT as u64 + native.area_len);
+        let native = settings
+            .native
+            .as_ref()
+            .map(|native| abi::NATIVE_AT as u64 + last_stacks_len(settings) + native.area_len);
         let len = native.unwrap_or(size_of::<State>() as u64);
         let at = self.map_noted(len)?;
         self.note(near::STATE_AT, (at, len))?;
@@ -289,19 +294,20 @@ impl Loader<'_> {
         Ok((at, len))
     }
 
-    /// The code that native stacks are walked by, behind the state; and where its directory is, 0 without.
+    /// The code that native stacks are walked by, behind the state; and where its directory is.
     fn write_native(
         &mut self,
         settings: &Settings,
         state: RemoteAddr,
-    ) -> Result<(Option<NativeArea>, RemoteAddr), ProbeError> {
-        let Some(native) = &settings.native else { return Ok((None, RemoteAddr::NULL)) };
-        let mut area = NativeArea::new(state.offset(abi::NATIVE_AT as u64), native.area_len);
+    ) -> Result<Option<(NativeArea, RemoteAddr)>, ProbeError> {
+        let Some(native) = &settings.native else { return Ok(None) };
+        let base = state.offset(abi::NATIVE_AT as u64 + last_stacks_len(settings));
+        let mut area = NativeArea::new(base, native.area_len);
         let (writes, directory) = area.publish(&native.code)?;
         for (at, bytes) in writes {
             self.inferior.write(at, &bytes)?;
         }
-        Ok((Some(area), directory))
+        Ok(Some((area, directory)))
     }
 
     /// Private memory whose place was noted before it was mapped: a heaptap that is killed in between leaves nothing that can't be
@@ -441,8 +447,19 @@ fn entry_of(which: u8, settings: &Settings) -> Entry {
     }
 }
 
+/// Bytes of the stacks that threads told last, behind the state: of each that has a ring of its own.
+fn last_stacks_len(settings: &Settings) -> u64 {
+    let rings = if settings.exact { settings.ring_count as usize - 1 } else { 0 };
+    (rings * size_of::<abi::LastStack>()).next_multiple_of(PAGE as usize) as u64
+}
+
 /// The state up to the slots; the rest is zero.
-fn state_bytes(settings: &Settings, rings: RemoteAddr, directory: RemoteAddr, pid: i32) -> Vec<u8> {
+fn state_bytes(
+    settings: &Settings,
+    rings: RemoteAddr,
+    (state, directory): (RemoteAddr, RemoteAddr),
+    pid: i32,
+) -> Vec<u8> {
     let mut bytes = vec![0; offset_of!(State, slots)];
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
     let ticks = |time: Duration| {
@@ -477,6 +494,8 @@ fn state_bytes(settings: &Settings, rings: RemoteAddr, directory: RemoteAddr, pi
     put(offset_of!(State, tid_offset), &settings.tid_offset.to_le_bytes());
     put(offset_of!(State, python), &settings.python.to_bytes());
     if let Some(native) = &settings.native {
+        let last_stacks = if settings.exact { state.0 + abi::NATIVE_AT as u64 } else { 0 };
+        put(offset_of!(State, last_stacks), &last_stacks.to_le_bytes());
         put(offset_of!(State, native), &directory.0.to_le_bytes());
         put(offset_of!(State, stack_end), &native.stack_end.to_le_bytes());
     }

@@ -138,7 +138,14 @@ pub trait Definitions {
     /// The frames behind a stack's hash, innermost first; `cut`: deeper ones were left out.
     fn stack(&mut self, hash: u64, frames: impl ExactSizeIterator<Item = ToldFrame>, cut: bool);
     /// The native frames of the stack with this hash, innermost first; told before the stack itself.
-    fn native(&mut self, hash: u64, addresses: impl ExactSizeIterator<Item = u64>, end: NativeEnd);
+    /// `directory`: where the agent had it by which they were found.
+    fn native(
+        &mut self,
+        hash: u64,
+        directory: u64,
+        addresses: impl ExactSizeIterator<Item = u64>,
+        end: NativeEnd,
+    );
     /// A piece of a code object.
     fn code(&mut self, piece: CodePiece<'_>);
 }
@@ -199,8 +206,8 @@ enum Definition {
     Time(u64),
     /// Hash, frames, whether deeper ones were left out.
     Stack(u64, usize, bool),
-    /// Hash, frames, how they end.
-    Native(u64, usize, NativeEnd),
+    /// Hash, directory, frames, how they end.
+    Native(u64, u64, usize, NativeEnd),
     /// The four words behind the first; the bytes follow.
     Code([u64; 4]),
 }
@@ -232,9 +239,9 @@ impl Decoded {
                 });
                 told.stack(hash, frames, cut);
             }
-            Definition::Native(hash, count, end) => {
-                let addresses = words[3..][..count].iter().map(|word| word.load(Ordering::Relaxed));
-                told.native(hash, addresses, end);
+            Definition::Native(hash, directory, count, end) => {
+                let addresses = words[4..][..count].iter().map(|word| word.load(Ordering::Relaxed));
+                told.native(hash, directory, addresses, end);
             }
             Definition::Code([code, which, total, place]) => {
                 let len = (place >> 32) as usize;
@@ -324,8 +331,8 @@ fn decode_other(words: &[AtomicU64], first: u64, at: u64, ring_len: u64) -> Resu
             (need(3 + 2 * count)?, Definition::Stack(hash, count as usize, counted >> 63 != 0))
         }
         record::NATIVE => {
-            need(3)?;
-            let (hash, counted) = (word(1), word(2));
+            need(4)?;
+            let (hash, counted, directory) = (word(1), word(2), word(3));
             let count = counted & !(NATIVE_CUT | NATIVE_DEEPER);
             if count > MAX_NATIVE_DEPTH as u64 {
                 return Err(Unreadable::Length { kind, words: count, there: words.len() });
@@ -335,7 +342,7 @@ fn decode_other(words: &[AtomicU64], first: u64, at: u64, ring_len: u64) -> Resu
                 NATIVE_DEEPER => NativeEnd::Deeper,
                 _ => NativeEnd::Cut,
             };
-            (need(3 + count)?, Definition::Native(hash, count as usize, end))
+            (need(4 + count)?, Definition::Native(hash, directory, count as usize, end))
         }
         record::CODE => {
             need(5)?;
@@ -412,7 +419,7 @@ mod tests {
         fn stack(&mut self, _: u64, frames: impl ExactSizeIterator<Item = ToldFrame>, _: bool) {
             self.0 += frames.count();
         }
-        fn native(&mut self, _: u64, addresses: impl ExactSizeIterator<Item = u64>, _: NativeEnd) {
+        fn native(&mut self, _: u64, _: u64, addresses: impl ExactSizeIterator<Item = u64>, _: NativeEnd) {
             self.0 += addresses.count();
         }
         fn code(&mut self, piece: CodePiece<'_>) {

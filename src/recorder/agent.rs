@@ -89,7 +89,10 @@ impl AgentSource {
     ) -> Result<Self, RecordError> {
         let Planted { loaded, rings, heart, settings, .. } = planted;
         let pid = loaded.pid;
-        let told = Told::new(python.layout.meaning.line_table, native);
+        let mut told = Told::new(python.layout.meaning.line_table, native);
+        if let (Some(code), Some((_, directory))) = (told.native_code(), &loaded.native) {
+            code.published(directory.0);
+        }
         let (now, memory) = (Instant::now(), ProcessMemory::new(pid));
         Ok(Self {
             tables: Tables::of(&loaded, &memory),
@@ -213,9 +216,10 @@ impl AgentSource {
             return;
         }
         let (mapped, area) = (code.mapped(), self.loaded.native.as_mut());
-        let Some(area) = area else { return };
+        let Some((area, _)) = area else { return };
         match area.publish(&mapped) {
             Ok((writes, directory)) => {
+                code.published(directory.0);
                 if let Err(error) = self.target.set_native_code(&writes, directory) {
                     tracing::debug!("the agent cannot be told which code is mapped: {error}");
                 }

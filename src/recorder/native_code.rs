@@ -13,7 +13,7 @@ use crate::image::{LinkMap, Module, link_map, modules, vdso};
 use crate::inferior::maps;
 use crate::inferior::memory::ProcessMemory;
 use crate::mapping::{Backing, Mapping};
-use crate::native::{Merged, Names, merge};
+use crate::native::{CodeMap, Merged, Names, merge};
 use crate::probe::native_area::{MappedCode, NativeArea};
 use crate::probe::ring_record::NativeEnd;
 use foldhash::fast::RandomState;
@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 
 /// Stands for the callers of a frame whose code does not tell who they are.
 pub const CUT: &str = "<truncated here>";
+/// In place of a directory: what is mapped now.
+pub const NOW: u64 = 0;
 /// How often the mappings are read for an address that lies in none.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How often the dynamic linker's list is looked at.
@@ -57,7 +59,10 @@ pub struct NativeCode {
     memory: ProcessMemory,
     /// Code came or went, and [`NativeCode::take_changed`] has not said so yet.
     changed: bool,
-    frames: HashMap<(u64, bool), Option<FrameId>, RandomState>,
+    /// What was mapped when the agent was told so, by the place of that directory.
+    published: HashMap<u64, Arc<CodeMap>>,
+    /// By directory, address, and whether the frame is guessed.
+    frames: HashMap<(u64, u64, bool), Option<FrameId>, RandomState>,
     module_ids: HashMap<usize, ModuleId>,
     /// Where the frames of the capture are.
     named: HashMap<NativeFrame, (usize, ImageAddr)>,
@@ -80,6 +85,7 @@ impl NativeCode {
             loaded_looked: Instant::now(),
             memory,
             changed: false,
+            published: HashMap::new(),
             frames: HashMap::default(),
             module_ids: HashMap::new(),
             named: HashMap::new(),
@@ -119,6 +125,11 @@ impl NativeCode {
         NativeArea::needed(&self.mapped())
     }
 
+    /// The agent finds frames by what is mapped now, and names it so.
+    pub fn published(&mut self, directory: u64) {
+        self.published.insert(directory, Arc::clone(self.eyes.tables().code()));
+    }
+
     /// Whether code came or went since the last call.
     pub fn take_changed(&mut self) -> bool {
         std::mem::take(&mut self.changed)
@@ -153,7 +164,8 @@ impl NativeCode {
             Ok((executable, loaded, modules)) => {
                 (self.executable, self.loaded) = (executable, loaded);
                 self.eyes.update(modules);
-                self.frames.clear();
+                // What is told of what is mapped now is of other code.
+                self.frames.retain(|(directory, ..), _| *directory != NOW);
                 self.changed = true;
             }
             Err(error) => tracing::debug!("the code of process {} cannot be looked at: {error}", self.pid),
@@ -169,25 +181,25 @@ impl NativeCode {
     }
 
     /// Appends the frames of a stack to `out`, innermost first. `native` are addresses within the instructions that its native frames
-    /// execute, `calls` Python's frames by call of the interpreter's loop.
+    /// execute, and how they end, `calls` Python's frames by call of the interpreter's loop. The addresses are of the code that was mapped
+    /// when the agent got this `directory`, or [`NOW`].
     pub fn stack(
         &mut self,
-        native: &[u64],
-        end: NativeEnd,
+        (native, end): (&[u64], NativeEnd),
+        directory: u64,
         calls: Vec<Vec<FrameId>>,
         writer: &mut CaptureWriter,
         out: &mut Vec<FrameId>,
     ) -> Result<(), RecordError> {
-        let tables = self.eyes.tables();
-        let is_known = |at: &u64| tables.place(RemoteAddr(*at)).is_some();
+        let is_known = |at: &u64| self.place(directory, RemoteAddr(*at)).is_some();
         if !native.iter().all(is_known) && self.looked.elapsed() >= LOOK_EVERY {
             self.refresh();
         }
         let (mut ids, mut is_loop, mut guessed) = (Vec::new(), Vec::new(), false);
         for (number, at) in native.iter().map(|at| RemoteAddr(*at)).enumerate() {
             // Where no code is, none was called from: the frame before it was no frame either, but that was seen to be code.
-            let Some(id) = self.frame(at, guessed, number == 0, writer)? else { break };
-            guessed |= self.is_guessed(at);
+            let Some(id) = self.frame(at, directory, (guessed, number == 0), writer)? else { break };
+            guessed |= self.is_guessed(directory, at);
             ids.push(id);
             is_loop.push(self.eyes.is_loop(at));
         }
@@ -225,23 +237,30 @@ impl NativeCode {
         named.collect()
     }
 
-    fn is_guessed(&self, at: RemoteAddr) -> bool {
+    /// The file, and where in it, of an address that was found by a directory. What that does not have is newer.
+    fn place(&self, directory: u64, at: RemoteAddr) -> Option<(usize, ImageAddr)> {
         let tables = self.eyes.tables();
-        tables.place(at).is_some_and(|(file, _)| tables.rows_of(file).0.is_empty())
+        let then = self.published.get(&directory).and_then(|code| tables.place_in(code, at));
+        then.or_else(|| tables.place(at))
+    }
+
+    fn is_guessed(&self, directory: u64, at: RemoteAddr) -> bool {
+        let rows = |(file, _)| self.eyes.tables().rows_of(file).0.is_empty();
+        self.place(directory, at).is_some_and(rows)
     }
 
     /// The id of the frame at an address; `None` where no code is. `innermost`: it is a frame whatever is there.
     fn frame(
         &mut self,
         at: RemoteAddr,
-        guessed: bool,
-        innermost: bool,
+        directory: u64,
+        (guessed, innermost): (bool, bool),
         writer: &mut CaptureWriter,
     ) -> Result<Option<FrameId>, RecordError> {
-        if let Some(known) = self.frames.get(&(at.0, guessed)) {
+        if let Some(known) = self.frames.get(&(directory, at.0, guessed)) {
             return Ok(*known);
         }
-        let frame = match self.eyes.tables().place(at) {
+        let frame = match self.place(directory, at) {
             Some((file, image)) => {
                 let module = Some(self.module(file, writer)?);
                 let interpreter = self.eyes.is_python(file);
@@ -259,7 +278,10 @@ impl NativeCode {
         if self.frames.len() >= MOST_ADDRESSES {
             self.frames.clear();
         }
-        self.frames.insert((at.0, guessed), id);
+        // Code that is not known may be by the next time.
+        if id.is_some() {
+            self.frames.insert((directory, at.0, guessed), id);
+        }
         Ok(id)
     }
 

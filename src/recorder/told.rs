@@ -67,6 +67,7 @@ struct Raw {
 /// Its native frames.
 #[derive(Debug)]
 struct RawNative {
+    directory: u64,
     addresses: Box<[u64]>,
     end: NativeEnd,
 }
@@ -228,7 +229,7 @@ impl Told {
         for call in raw.frames.split_inclusive(|frame| frame.entry) {
             calls.push(self.python(call, writer)?);
         }
-        code.stack(&native.addresses, native.end, calls, writer, &mut self.ids)
+        code.stack((&native.addresses, native.end), native.directory, calls, writer, &mut self.ids)
     }
 
     fn finish(&mut self, key: CodeKey) {
@@ -263,11 +264,17 @@ impl Definitions for Told {
         self.raw.insert(hash, raw);
     }
 
-    fn native(&mut self, hash: u64, addresses: impl ExactSizeIterator<Item = u64>, end: NativeEnd) {
+    fn native(
+        &mut self,
+        hash: u64,
+        directory: u64,
+        addresses: impl ExactSizeIterator<Item = u64>,
+        end: NativeEnd,
+    ) {
         if self.natives.len() >= MOST_NATIVES {
             self.natives.clear();
         }
-        self.natives.insert(hash, RawNative { addresses: addresses.collect(), end });
+        self.natives.insert(hash, RawNative { directory, addresses: addresses.collect(), end });
     }
 
     fn code(&mut self, piece: CodePiece<'_>) {

@@ -6,7 +6,7 @@
 use super::RecordError;
 use super::ledger::{Ledger, Origin};
 use super::locations::Locations;
-use super::native_code::NativeCode;
+use super::native_code::{NOW, NativeCode};
 use super::source::{Finished, RecordSource, SourceCounts, SourceEvent, gives_out};
 use crate::addr::RemoteAddr;
 use crate::capture::{CaptureWriter, StackId};
@@ -122,7 +122,7 @@ impl StackReader {
         let end = if native.ended == Ended::Whole { NativeEnd::Whole } else { NativeEnd::Cut };
         let addresses: Vec<u64> = native.frames.iter().map(|at| at.0).collect();
         let mut frames = Vec::new();
-        code.stack(&addresses, end, calls, writer, &mut frames)?;
+        code.stack((&addresses, end), NOW, calls, writer, &mut frames)?;
         Ok(writer.intern_stack(&frames)?)
     }
 
