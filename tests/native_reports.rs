@@ -2,11 +2,12 @@
 
 mod script;
 
-use heaptap::capture::{Index, IndexEntry};
+use heaptap::capture::{AllocatorKind, Index, IndexEntry, NativeFrame};
 use script::native::{LIBC, NUMPY, SOLVER, names, native_header, shop_native, shop_native_events};
 use script::{Script, heaptap};
 use serde_json::Value;
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
 fn shop_dir() -> (tempfile::TempDir, PathBuf) {
@@ -197,6 +198,77 @@ fn what_has_no_names_is_told_by_its_place_in_the_library() {
     assert!(text.contains("Native stacks were taken; how many is not known"), "{text}");
 }
 
+/// The functions of a library, and a capture of it that has no names: its recorder was killed.
+fn library_and_capture(folder: &Path) -> (PathBuf, PathBuf, String) {
+    let source = "__attribute__((noinline)) int outer(volatile int *at) { return *at * 3; }\n";
+    let (code, library) = (folder.join("code.c"), folder.join("lib.so"));
+    std::fs::write(&code, source).unwrap();
+    let id = "0a0b0c0d0e0f1011";
+    let status = std::process::Command::new("cc")
+        .args(["-g", "-O1", "-shared", "-fPIC", &format!("-Wl,--build-id=0x{id}"), "-o"])
+        .args([&library, &code])
+        .status();
+    assert!(status.unwrap().success());
+    let file = heaptap::image::elf::ElfFile::new(std::fs::File::open(&library).unwrap(), &library).unwrap();
+    let address = file.symbol("outer").unwrap().addr.0;
+    let capture = folder.join("killed.heaptap");
+    let mut script = Script::create(&capture, &native_header());
+    let build_id = [10, 11, 12, 13, 14, 15, 16, 17];
+    let module = Some(script.writer.intern_module(library.to_str().unwrap(), &build_id).unwrap());
+    let frame = NativeFrame { module, address, interpreter: false, guessed: false };
+    let frame = script.writer.intern_native_frame(frame).unwrap();
+    let stack = script.writer.intern_stack(&[frame]).unwrap();
+    script.allocate(AllocatorKind::Malloc, 1, 4096, 1000, stack);
+    script.at_ms(1000);
+    script.allocate(AllocatorKind::Malloc, 1, 8192, 1000, stack);
+    script.writer.flush().unwrap();
+    (library, capture, format!("{address:#x} in lib.so"))
+}
+
+#[test]
+fn names_that_a_capture_lacks_are_looked_up_in_the_files_of_its_libraries() {
+    let dir = tempfile::tempdir().unwrap();
+    let (library, capture, unknown) = library_and_capture(dir.path());
+    for verb in ["table", "tree", "summary", "stats", "leaks", "diff", "dump"] {
+        let text = stdout(&[verb], &capture);
+        assert!(text.contains("outer") && text.contains("[lib.so]"), "{verb}: {text}");
+    }
+    assert!(stdout(&["table"], &capture).contains("outer at code.c:1 [lib.so]"));
+    std::fs::write(library, "upgraded").unwrap();
+    assert!(stdout(&["table"], &capture).contains(&unknown));
+}
+
+#[test]
+fn names_come_from_the_servers_that_the_environment_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let (library, capture, unknown) = library_and_capture(dir.path());
+    let debug = std::fs::read(&library).unwrap();
+    std::fs::remove_file(library).unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let server = std::thread::spawn(move || {
+        let mut stream = listener.accept().unwrap().0;
+        let mut request = String::new();
+        BufReader::new(stream.try_clone().unwrap()).read_line(&mut request).unwrap();
+        write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", debug.len()).unwrap();
+        stream.write_all(&debug).unwrap();
+        request
+    });
+    let cache = dir.path().join("cache");
+    let with_server = |verb: &str| {
+        let mut heaptap = heaptap();
+        heaptap.env("DEBUGINFOD_URLS", &url).env("DEBUGINFOD_CACHE_PATH", &cache);
+        let output = heaptap.env("DEBUGINFOD_TIMEOUT", "20").arg(verb).arg(&capture).assert().success();
+        String::from_utf8(output.get_output().stdout.clone()).unwrap()
+    };
+    // diff reads the capture several times; the server answers once.
+    assert!(with_server("diff").contains("outer at code.c:1 [lib.so]"));
+    assert_eq!(server.join().unwrap(), "GET /buildid/0a0b0c0d0e0f1011/debuginfo HTTP/1.1\r\n");
+    assert!(with_server("table").contains("outer at code.c:1 [lib.so]"));
+    // Who is told of no server asks none, and uses nothing that one has sent.
+    assert!(stdout(&["table"], &capture).contains(&unknown));
+}
+
 #[test]
 fn names_of_another_run_are_no_names_of_a_library_that_moved() {
     // Another virtual environment, and another address of the same line: the same code for a diff.
@@ -207,7 +279,7 @@ fn names_of_another_run_are_no_names_of_a_library_that_moved() {
         let library = format!("/srv/{version}/lib/python3.12/site-packages/numpy/_core/umath.so");
         let module = script.writer.intern_module(&library, version.as_bytes()).unwrap();
         let libc = script.writer.intern_module(LIBC, &[4; 20]).unwrap();
-        let frame = |module, address| heaptap::capture::NativeFrame {
+        let frame = |module, address| NativeFrame {
             module: Some(module),
             address,
             interpreter: false,
@@ -217,7 +289,7 @@ fn names_of_another_run_are_no_names_of_a_library_that_moved() {
         let named = [frame(module, at), frame(libc, 0x9_4ac0)];
         let frames = named.map(|frame| script.writer.intern_native_frame(frame).unwrap());
         let stack = script.writer.intern_stack(&frames).unwrap();
-        script.allocate(heaptap::capture::AllocatorKind::Malloc, 1, 4096, 1000, stack);
+        script.allocate(AllocatorKind::Malloc, 1, 4096, 1000, stack);
         script.writer.symbols(&named.map(|frame| (frame, names(&frame)))).unwrap();
         script.finish();
     }

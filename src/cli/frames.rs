@@ -1,6 +1,8 @@
 //! Which frames are shown, for all verbs that show stacks with C frames.
 
-use crate::capture::{FrameView, ReadOptions};
+use crate::capture::{FrameView, NativePlace, ReadOptions, Symbolizer};
+use crate::native;
+use std::rc::Rc;
 
 /// Which frames of stacks with C frames to show.
 #[derive(clap::Args, Clone, Copy, Debug)]
@@ -36,6 +38,17 @@ impl FrameArgs {
 
     /// How captures are read so that this is shown of them.
     pub(super) fn read_options(self) -> ReadOptions {
-        self.view().into()
+        let names = Names(native::Symbolizer::from_environment());
+        ReadOptions { view: self.view(), symbolizer: Some(Rc::new(names)) }
+    }
+}
+
+/// Names that a capture does not have, looked up on this machine and on the servers that its user has named.
+struct Names(native::Symbolizer);
+
+impl Symbolizer for Names {
+    fn places(&self, path: &str, build_id: &[u8], address: u64) -> Vec<NativePlace> {
+        let place = |native::Place { function, file, line }| NativePlace { function, file, line };
+        self.0.places(path, build_id, address).into_iter().map(place).collect()
     }
 }

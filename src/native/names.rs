@@ -31,7 +31,8 @@ pub struct Names<'a> {
     files: HashMap<usize, OnceCell<OfFile>>,
 }
 
-struct OfFile {
+/// What is known of the code in one file.
+pub(super) struct OfFile {
     functions: Vec<Function>,
     debug: Option<DebugInfo>,
 }
@@ -56,26 +57,40 @@ impl<'a> Names<'a> {
             return vec![Place::default()];
         };
         let names = cell.get_or_init(|| OfFile::of(file.file(), &self.folders));
-        let at = file.bias().to_image(at);
-        let mut places = names.debug.as_ref().map(|debug| debug.places(at.0)).unwrap_or_default();
-        if places.is_empty() {
-            places.push(Place::default());
-        }
-        if let Some(outermost) = places.last_mut().filter(|place| place.function.is_none()) {
-            outermost.function = names.function(at).map(demangled);
-        }
-        places
+        names.places(file.bias().to_image(at))
     }
 }
 
 impl OfFile {
     fn of(file: &ElfFile, folders: &[PathBuf]) -> Self {
         let separate = file.build_id().and_then(|id| separate(&id, folders));
-        let debug = DebugInfo::of(file).or_else(|| DebugInfo::of(separate.as_ref()?));
-        let mut all = functions(file);
-        all.extend(separate.iter().flat_map(functions));
+        Self::of_files(Some(file), separate.as_ref(), |id| self::separate(id, folders))
+    }
+
+    /// Of the file itself and the one with its debugging information, either of which may not be there. `other` finds the file with
+    /// a build id that has what several share of that information.
+    pub(super) fn of_files(
+        file: Option<&ElfFile>,
+        separate: Option<&ElfFile>,
+        other: impl Fn(&str) -> Option<ElfFile>,
+    ) -> Self {
+        let files = || file.into_iter().chain(separate);
+        let debug = files().find_map(|file| DebugInfo::of(file, &other));
+        let mut all: Vec<Function> = files().flat_map(functions).collect();
         all.sort_by_key(|function| function.start);
         Self { functions: all, debug }
+    }
+
+    /// What is at an address, innermost first. Never empty.
+    pub(super) fn places(&self, at: ImageAddr) -> Vec<Place> {
+        let mut places = self.debug.as_ref().map(|debug| debug.places(at.0)).unwrap_or_default();
+        if places.is_empty() {
+            places.push(Place::default());
+        }
+        if let Some(outermost) = places.last_mut().filter(|place| place.function.is_none()) {
+            outermost.function = self.function(at).map(demangled);
+        }
+        places
     }
 
     fn function(&self, at: ImageAddr) -> Option<&str> {
@@ -97,7 +112,7 @@ fn functions(file: &ElfFile) -> Vec<Function> {
 }
 
 /// The file with the debugging information of this build id (GDB manual, "Separate Debug Files").
-fn separate(build_id: &str, folders: &[PathBuf]) -> Option<ElfFile> {
+pub(super) fn separate(build_id: &str, folders: &[PathBuf]) -> Option<ElfFile> {
     let (first, rest) = build_id.split_at_checked(2)?;
     let paths =
         folders.iter().map(|folder| folder.join(".build-id").join(first).join(format!("{rest}.debug")));
