@@ -11,7 +11,8 @@ mod script;
 
 use heaptap::analysis::{Filter, Outline, Verdict, leaks};
 use heaptap::capture::{
-    AGES, Age, AllocatorKind, CaptureWriter, SiteState, Snapshot, SnapshotHead, Totals, Trailer, age_class,
+    AGES, Age, AllocatorKind, CaptureWriter, ReadOptions, SiteState, Snapshot, SnapshotHead, Totals, Trailer,
+    age_class,
 };
 use random::Random;
 use script::sampled_header;
@@ -193,7 +194,7 @@ fn judge(sites: &[SiteSpec], seeds: u64) -> BTreeMap<String, BTreeMap<&'static s
     let mut verdicts: BTreeMap<String, BTreeMap<&'static str, u64>> = BTreeMap::new();
     for seed in 0..seeds {
         draw(&path, sites, 0x1ea4_0000 + seed * 7919);
-        let outline = Outline::read(&path).unwrap();
+        let outline = Outline::read(&path, &ReadOptions::default()).unwrap();
         for site in leaks(&outline, Filter::default()).unwrap().sites {
             *verdicts
                 .entry(site.name.function.unwrap().to_string())

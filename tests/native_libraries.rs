@@ -46,7 +46,7 @@ fn waiting(library: &Path, function: &str) -> Program {
 fn merged(program: &Program) -> Value {
     let pid = program.pid().to_string();
     let before = Snapshot::take(program.pid());
-    let arguments = ["stacks", "--json", "--native", "--hide-interpreter", "--pid", &pid];
+    let arguments = ["stacks", "--json", "--native", "--pid", &pid];
     let said = common::heaptap::heaptap_says(0, &arguments);
     assert_eq!(before.differences(program.pid()), Vec::<String>::new(), "a trace was left");
     let look: Value = serde_json::from_slice(&said.stdout).unwrap();

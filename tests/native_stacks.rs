@@ -163,7 +163,8 @@ fn pythons_frames_lie_where_its_loop_ran_them() {
             program.line();
             let pid = program.pid().to_string();
             let before = Snapshot::take(program.pid());
-            let said = common::heaptap::heaptap_says(0, &["stacks", "--json", "--native", "--pid", &pid]);
+            let arguments = ["stacks", "--json", "--native", "--hide-interpreter=false", "--pid", &pid];
+            let said = common::heaptap::heaptap_says(0, &arguments);
             assert_eq!(before.differences(program.pid()), Vec::<String>::new(), "a trace was left");
             let look: Value = serde_json::from_slice(&said.stdout).unwrap();
             for thread in look["threads"].as_array().unwrap() {

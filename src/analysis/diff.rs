@@ -197,7 +197,7 @@ impl Sums {
             let mut times: Vec<u64> = [from, to].iter().flatten().map(|moment| moment.time_ns).collect();
             times.sort_unstable();
             times.dedup();
-            return replay_at(&outline.path, &times, |place, part, stacks| {
+            return replay_at((&outline.path, &outline.options), &times, |place, part, stacks| {
                 let time = times[place];
                 let (is_old, is_new) = (is_at(from, time), is_at(to, time));
                 let flow = both && from.is_some_and(|from| time > from.time_ns || from == Moment::START);
@@ -214,7 +214,7 @@ impl Sums {
             let Role { is_old, is_new, is_flow: flows, .. } = roles(place);
             Wanted { live: is_old || is_new, flows, ages: false, counts: true }
         };
-        each_snapshot(&outline.path, &outline.snapshots, wanted, |place, part, stacks| {
+        each_snapshot((&outline.path, &outline.options), &outline.snapshots, wanted, |place, part, stacks| {
             self.see(part, stacks, &mut seen, roles(place));
         })
     }

@@ -7,7 +7,7 @@ use super::diff::{Diff, DiffOptions, Sums};
 use super::merge::Merge;
 use super::moments::{Moment, Outline, When};
 use super::replay::View;
-use crate::capture::{CaptureError, EndReason, StackTable};
+use crate::capture::{CaptureError, EndReason, ReadOptions, StackTable};
 use std::path::{Path, PathBuf};
 
 /// Processes that are ended together end one after the other: who ended so little before a moment still counts.
@@ -24,7 +24,7 @@ impl Family {
     /// Reads captures once; `left_out` is told of those that can't be read. `None` if there are no others. `not_recorded`: so many processes
     /// of the same recording have no capture.
     pub fn read(
-        path: &Path,
+        (path, options): (&Path, &ReadOptions),
         captures: impl Iterator<Item = PathBuf>,
         not_recorded: u64,
         mut left_out: impl FnMut(CaptureError),
@@ -32,7 +32,7 @@ impl Family {
         let (mut merge, mut members, mut not_recorded) =
             (Merge::new(View::Leaks, false), Vec::new(), not_recorded);
         for capture in captures {
-            match Outline::read(&capture) {
+            match Outline::read(&capture, options) {
                 Ok(mut outline) => {
                     merge.add(&capture, &outline.findings)?;
                     // Of many processes at once nothing is held that is read again.
@@ -50,7 +50,8 @@ impl Family {
         let start = findings.header.start_unix_ns;
         let end_ns = members.iter().map(|member| since(member.end_unix_ns(), start)).max().unwrap_or(0);
         let (snapshots, gauges) = (Vec::new(), Vec::new());
-        let whole = Outline { path: path.to_owned(), findings, snapshots, gauges, end_ns };
+        let (path, options) = (path.to_owned(), options.clone());
+        let whole = Outline { path, options, findings, snapshots, gauges, end_ns };
         Ok(Some(Self { members, whole }))
     }
 

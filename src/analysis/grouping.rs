@@ -4,8 +4,8 @@
 //! processes are the same where their code is.
 
 use super::moved::Moved;
-use super::package::package;
-use crate::capture::{AllocatorKind, FrameId, FrameText, Site, StackId, StackTable};
+use super::package::package_of;
+use crate::capture::{AllocatorKind, FrameId, FrameKind, FrameText, Site, StackId, StackTable};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -46,7 +46,7 @@ pub enum Subject {
     File,
     /// A frame's function.
     Function,
-    /// The package of a frame's file.
+    /// The package of a frame's code.
     Module,
     /// The thread's name.
     Thread,
@@ -93,13 +93,23 @@ impl Filter {
 fn word<'a>(subject: Subject, frame: FrameText<'a>, moved: &'a Moved) -> &'a str {
     match subject {
         Subject::Function => frame.function,
-        Subject::Module => package(frame.file),
+        Subject::Module => package_of(&frame),
         Subject::File | Subject::Thread => moved.name(frame.file),
     }
 }
 
-/// A frame in words: function, file, line (0 if unknown).
-pub type FrameName = (Arc<str>, Arc<str>, u32);
+/// A frame in words.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct FrameName {
+    /// Its function's qualified name.
+    pub function: Arc<str>,
+    /// Its file.
+    pub file: Arc<str>,
+    /// Its line; 0 if unknown.
+    pub line: u32,
+    /// Of native code, the file that holds it (empty if none does).
+    pub library: Option<Arc<str>>,
+}
 
 /// What a group has in common, in words. Empty words are not part of it.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
@@ -110,6 +120,8 @@ pub struct GroupName {
     pub file: Option<Arc<str>>,
     /// A line, if it is known.
     pub line: Option<u32>,
+    /// Of native code, the file that holds it, if it is one for all of the group.
+    pub library: Option<Arc<str>>,
     /// A package.
     pub module: Option<Arc<str>>,
     /// An allocator.
@@ -124,7 +136,21 @@ pub struct GroupName {
 pub type GroupId = u32;
 
 type Word = u32;
-type Frame = (Word, Word, u32);
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Frame {
+    function: Word,
+    file: Word,
+    line: u32,
+    library: Option<Word>,
+}
+
+/// What frames of a group need not have in common; `None` where they don't.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+struct Shared {
+    function: Option<Word>,
+    library: Option<Word>,
+}
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Key {
@@ -146,8 +172,8 @@ pub struct Groups {
     filter: Filter,
     words: Interner<Arc<str>>,
     keys: Interner<Key>,
-    /// Of a line's group, the function that it is in; `None` where there are several.
-    functions: Vec<Option<Word>>,
+    /// Of each group.
+    shared: Vec<Shared>,
     /// Stacks of all captures as one tree: caller (0 for none) and frame; numbered from 1.
     nodes: Interner<(u32, Frame)>,
 }
@@ -177,7 +203,7 @@ impl Groups {
     pub fn new(grouping: Grouping, cumulative: bool, filter: Filter) -> Self {
         let cumulative = cumulative && grouping.is_by_frame();
         let (words, keys, nodes) = (Interner::default(), Interner::default(), Interner::default());
-        Self { grouping, cumulative, filter, words, keys, functions: Vec::new(), nodes }
+        Self { grouping, cumulative, filter, words, keys, shared: Vec::new(), nodes }
     }
 
     /// The groups that a row belongs to; none if the filter leaves it out.
@@ -195,7 +221,7 @@ impl Groups {
             Grouping::Thread => Key::Thread(self.words.id(&*thread(row.tid, stacks), |word| Arc::from(word))),
             _ => return self.of_stack(row.stack, stacks, remembered),
         };
-        remembered.of_row = [self.group(key, None)];
+        remembered.of_row = [self.group(key, Shared::default())];
         &remembered.of_row
     }
 
@@ -221,38 +247,43 @@ impl Groups {
 
     fn work_out(&mut self, stack: StackId, stacks: &StackTable, seen: &mut Remembered) -> Vec<GroupId> {
         if stacks.node(stack).is_none() {
-            return vec![self.group(Key::NoStack, None)];
+            return vec![self.group(Key::NoStack, Shared::default())];
         }
         if self.grouping == Grouping::Traceback {
             let node = self.node(stack, stacks, seen);
-            return vec![self.group(Key::Stack(node), None)];
+            return vec![self.group(Key::Stack(node), Shared::default())];
         }
         let mut groups = Vec::new();
         for id in stacks.frames(stack).take(if self.cumulative { usize::MAX } else { 1 }) {
-            let (function, file, line) = self.frame(id, stacks, seen);
+            let frame = self.frame(id, stacks, seen);
+            let Frame { function, file, line, library } = frame;
             let key = match self.grouping {
                 Grouping::Filename => Key::File(file),
                 Grouping::Function => Key::Function(function, file),
                 Grouping::Module => {
-                    let module = package(stacks.frame(id).file);
+                    let module = package_of(&stacks.frame(id));
                     Key::Module(self.words.id(module, |word| Arc::from(word)))
                 }
-                Grouping::Site => Key::Site((function, file, line)),
+                Grouping::Site => Key::Site(frame),
+                // Where the source of native code is not known, all of a library would be one line.
+                _ if library.is_some() && line == 0 => Key::Site(frame),
                 _ => Key::Line(file, line),
             };
-            groups.push(self.group(key, Some(function)));
+            groups.push(self.group(key, Shared { function: Some(function), library }));
         }
         groups.sort_unstable();
         groups.dedup();
         groups
     }
 
-    fn group(&mut self, key: Key, function: Option<Word>) -> GroupId {
+    fn group(&mut self, key: Key, shared: Shared) -> GroupId {
         let id = self.keys.id(&key, |key| *key);
-        match self.functions.get_mut(id as usize) {
-            None => self.functions.push(function),
-            Some(known) if *known != function => *known = None,
-            Some(_) => {}
+        match self.shared.get_mut(id as usize) {
+            None => self.shared.push(shared),
+            Some(known) => {
+                known.function = known.function.filter(|function| Some(*function) == shared.function);
+                known.library = known.library.filter(|library| Some(*library) == shared.library);
+            }
         }
         id
     }
@@ -260,9 +291,13 @@ impl Groups {
     fn frame(&mut self, id: FrameId, stacks: &StackTable, seen: &mut Remembered) -> Frame {
         let (words, moved) = (&mut self.words, &seen.moved);
         *seen.frames.entry(id).or_insert_with(|| {
-            let FrameText { function, file, line, .. } = stacks.frame(id);
-            let file = moved.name(file);
-            (words.id(function, |word| Arc::from(word)), words.id(file, |word| Arc::from(word)), line)
+            let FrameText { function, file, line, kind } = stacks.frame(id);
+            let mut word = |word| words.id(word, |word: &str| Arc::from(word));
+            let library = match kind {
+                FrameKind::Python => None,
+                FrameKind::Native { library } => Some(word(moved.name(library))),
+            };
+            Frame { function: word(function), file: word(moved.name(file)), line, library }
         })
     }
 
@@ -285,23 +320,31 @@ impl Groups {
         node
     }
 
+    fn frame_name(&self, Frame { function, file, line, library }: Frame) -> FrameName {
+        let text = |word: Word| self.words.values[word as usize].clone();
+        FrameName { function: text(function), file: text(file), line, library: library.map(text) }
+    }
+
     /// A group in words.
     pub fn name(&self, id: GroupId) -> GroupName {
         let word = |word: Word| Some(self.words.values[word as usize].clone());
         let known = |line: u32| Some(line).filter(|line| *line > 0);
         let nothing = GroupName::default();
+        let shared = self.shared[id as usize];
+        let library = shared.library.and_then(word);
         match self.keys.values[id as usize] {
             Key::NoStack => nothing,
             Key::Line(file, line) => {
-                let function = self.functions[id as usize].and_then(word);
-                GroupName { function, file: word(file), line: known(line), ..nothing }
+                let function = shared.function.and_then(word);
+                GroupName { function, file: word(file), line: known(line), library, ..nothing }
             }
-            Key::Site((function, file, line)) => {
-                GroupName { function: word(function), file: word(file), line: known(line), ..nothing }
+            Key::Site(Frame { function, file, line, .. }) => {
+                let (function, file) = (word(function), word(file));
+                GroupName { function, file, line: known(line), library, ..nothing }
             }
             Key::File(file) => GroupName { file: word(file), ..nothing },
             Key::Function(function, file) => {
-                GroupName { function: word(function), file: word(file), ..nothing }
+                GroupName { function: word(function), file: word(file), library, ..nothing }
             }
             Key::Module(module) => GroupName { module: word(module), ..nothing },
             Key::Allocator(kind) => GroupName { allocator: Some(kind.name()), ..nothing },
@@ -309,9 +352,8 @@ impl Groups {
             Key::Stack(mut node) => {
                 let mut traceback = Vec::new();
                 while let Some(index) = node.checked_sub(1) {
-                    let (caller, (function, file, line)) = self.nodes.values[index as usize];
-                    let text = |word: Word| self.words.values[word as usize].clone();
-                    traceback.push((text(function), text(file), line));
+                    let (caller, frame) = self.nodes.values[index as usize];
+                    traceback.push(self.frame_name(frame));
                     node = caller;
                 }
                 GroupName { traceback: Some(traceback), ..nothing }

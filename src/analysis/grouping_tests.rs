@@ -77,7 +77,7 @@ fn groups_are_named_in_words() {
     assert_eq!(name(Grouping::Thread).thread.as_deref(), Some("Thread-*"));
     let traceback = name(Grouping::Traceback).traceback.unwrap();
     assert_eq!(
-        traceback.iter().map(|frame| &*frame.0).collect::<Vec<_>>(),
+        traceback.iter().map(|frame| &*frame.function).collect::<Vec<_>>(),
         ["loads", "walk", "walk", "main"]
     );
 }

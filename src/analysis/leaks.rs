@@ -128,7 +128,7 @@ pub fn leaks(outline: &Outline, filter: Filter) -> Result<Leaks, CaptureError> {
         let mut times: Vec<u64> = (1..=MOMENTS).map(|n| at_part(outline.end_ns, n, MOMENTS)).collect();
         times.dedup();
         let last = times.len() - 1;
-        replay_at(&outline.path, &times, |place, part, stacks| {
+        replay_at((&outline.path, &outline.options), &times, |place, part, stacks| {
             series.add(part, stacks, &mut seen, true, place == last);
             series.end_moment(times[place]);
         })?;
@@ -137,12 +137,17 @@ pub fn leaks(outline: &Outline, filter: Filter) -> Result<Leaks, CaptureError> {
         let kept = kept(outline.snapshots.len());
         let wanted =
             |place| Wanted { live: kept(place), flows: true, ages: place == last, counts: place == last };
-        each_snapshot(&outline.path, &outline.snapshots, wanted, |place, part, stacks| {
-            series.add(part, stacks, &mut seen, kept(place), place == last);
-            if part.is_last && kept(place) {
-                series.end_moment(part.head.time_ns);
-            }
-        })?;
+        each_snapshot(
+            (&outline.path, &outline.options),
+            &outline.snapshots,
+            wanted,
+            |place, part, stacks| {
+                series.add(part, stacks, &mut seen, kept(place), place == last);
+                if part.is_last && kept(place) {
+                    series.end_moment(part.head.time_ns);
+                }
+            },
+        )?;
     }
     Ok(series.judge(&outline.gauges))
 }

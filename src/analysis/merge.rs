@@ -87,6 +87,8 @@ struct Sums {
     peak: Totals,
     live: Totals,
     failed_allocations: u64,
+    native_stacks: u64,
+    native_cut: u64,
     complete: bool,
 }
 
@@ -150,6 +152,7 @@ impl Merge {
         header.python.version = self.versions.into_iter().collect::<Vec<_>>().join(", ");
         let mut trailer = Trailer { duration_ns, ..Trailer::default() };
         trailer.counters.failed_allocations = sums.failed_allocations;
+        (trailer.counters.native_stacks, trailer.counters.native_cut) = (sums.native_stacks, sums.native_cut);
         Some(Findings {
             header,
             trailer: sums.complete.then_some(trailer),
@@ -220,6 +223,8 @@ impl Sums {
             peak: Totals::default(),
             live: Totals::default(),
             failed_allocations: 0,
+            native_stacks: 0,
+            native_cut: 0,
             complete: true,
         }
     }
@@ -230,6 +235,7 @@ impl Sums {
         self.header.sampling_mean_bytes = self.header.sampling_mean_bytes.max(other.sampling_mean_bytes);
         self.header.python_allocators &= other.python_allocators;
         self.header.aggregated |= other.aggregated;
+        self.header.native |= other.native;
         self.missing.add(&findings.missing);
         self.samples.add(&findings.samples);
         self.events = self.events.saturating_add(findings.events);
@@ -241,6 +247,8 @@ impl Sums {
         self.live.add(findings.live);
         let counters = findings.trailer.as_ref().map(|trailer| trailer.counters).unwrap_or_default();
         self.failed_allocations = self.failed_allocations.saturating_add(counters.failed_allocations);
+        self.native_stacks = self.native_stacks.saturating_add(counters.native_stacks);
+        self.native_cut = self.native_cut.saturating_add(counters.native_cut);
         self.complete &= findings.trailer.is_some();
     }
 }

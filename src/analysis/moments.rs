@@ -1,7 +1,7 @@
 //! Moments of a recording: which there are, and which one is meant by `10:00`, `+30m`, `last` or `17`.
 
 use super::replay::{Findings, View, analyse_seeing};
-use crate::capture::{CaptureError, CaptureReader, Gauges, Record, SnapshotHead, Wanted};
+use crate::capture::{CaptureError, CaptureReader, Gauges, ReadOptions, Record, SnapshotHead, Wanted};
 use std::path::{Path, PathBuf};
 
 const SECOND: u64 = 1_000_000_000;
@@ -91,6 +91,8 @@ fn clock(unix_ns: u64) -> String {
 pub struct Outline {
     /// The file.
     pub path: PathBuf,
+    /// How it is read.
+    pub options: ReadOptions,
     /// The run. Its sites are what the records of events say was not freed by the end.
     pub findings: Findings,
     /// Heads of the snapshots, in the order of the file.
@@ -103,9 +105,9 @@ pub struct Outline {
 
 impl Outline {
     /// Reads a capture once. It must be a file, for it is going to be read again.
-    pub fn read(path: &Path) -> Result<Self, CaptureError> {
+    pub fn read(path: &Path, options: &ReadOptions) -> Result<Self, CaptureError> {
         let (mut snapshots, mut gauges) = (Vec::new(), Vec::new());
-        let mut reader = CaptureReader::open(path)?;
+        let mut reader = CaptureReader::open_with(path, options)?;
         reader.want(Wanted::NOTHING);
         let mut findings = analyse_seeing(reader, View::Leaks, |record, reader| match record {
             Record::Snapshot => snapshots.extend(reader.snapshot_head()),
@@ -118,7 +120,7 @@ impl Outline {
         let last = snapshots.last().map_or(0, |head: &SnapshotHead| head.time_ns);
         let last = last.max(findings.last_time_ns);
         let end_ns = findings.trailer.as_ref().map_or(last, |trailer| trailer.duration_ns.max(last));
-        Ok(Self { path: path.to_owned(), findings, snapshots, gauges, end_ns })
+        Ok(Self { path: path.to_owned(), options: options.clone(), findings, snapshots, gauges, end_ns })
     }
 
     /// When recording ended: nanoseconds since 1970 UTC.

@@ -6,7 +6,7 @@
 //! the only ones): a guess that is wrong would compare two files that have nothing to do with each other.
 
 use super::package::library_path;
-use crate::capture::{FrameId, StackTable};
+use crate::capture::{FrameId, FrameKind, FrameText, StackTable};
 use foldhash::fast::RandomState;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -73,8 +73,13 @@ impl Moved {
     }
 }
 
-fn files(stacks: &StackTable) -> BTreeSet<&str> {
-    (0..stacks.frame_count()).map(|frame| stacks.frame(FrameId(frame as u32)).file).collect()
+fn files<'a>(stacks: &'a StackTable) -> BTreeSet<&'a str> {
+    let frames = (0..stacks.frame_count()).map(|frame| stacks.frame(FrameId(frame as u32)));
+    let of = |frame: FrameText<'a>| match frame.kind {
+        FrameKind::Python => [frame.file, frame.file],
+        FrameKind::Native { library } => [frame.file, library],
+    };
+    frames.flat_map(of).collect()
 }
 
 /// Those that are in no library, and in a folder at all.

@@ -1,12 +1,31 @@
 //! Which package a file belongs to, told by its path: the same in every process that runs the same code, wherever its
 //! environment is. Knows paths only.
 
+use crate::capture::{FrameKind, FrameText};
+
 /// What stands for all that was installed, where its path is told.
 const INSTALLED: &str = "<installed>";
 /// What stands for Python's own library.
 pub const STDLIB: &str = "<stdlib>";
 /// What stands for everything that was not installed: the application's own code.
 pub const APPLICATION: &str = "<application>";
+
+/// What stands for code that lies in no file.
+pub const NO_FILE: &str = "<no file>";
+
+/// The package of a frame. Native code that was not installed and is none of Python's library is known by its file: `libc.so.6`.
+pub fn package_of<'a>(frame: &FrameText<'a>) -> &'a str {
+    let FrameKind::Native { library } = frame.kind else { return package(frame.file) };
+    match library_path(library) {
+        // Libraries that a package brings along lie beside it (auditwheel).
+        Some((INSTALLED, inside)) => {
+            let name = installed(inside);
+            name.strip_suffix(".libs").unwrap_or(name)
+        }
+        Some(_) => STDLIB,
+        None => library.rsplit('/').next().filter(|name| !name.is_empty()).unwrap_or(NO_FILE),
+    }
+}
 
 /// The package of a file: `NAME` below `site-packages` or `dist-packages`, else [`STDLIB`] or [`APPLICATION`].
 pub fn package(file: &str) -> &str {
@@ -60,6 +79,30 @@ fn in_archive(file: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn native_code_belongs_to_what_brought_its_library() {
+        let cases = [
+            (
+                "/v/lib/python3.12/site-packages/numpy/_core/_multiarray_umath.cpython-312-x86_64-linux-gnu.so",
+                "numpy",
+            ),
+            ("/v/lib/python3.12/site-packages/numpy.libs/libopenblas64_p-r0-0cf96a72.3.23.dev.so", "numpy"),
+            ("/v/lib/python3.9/site-packages/_cffi_backend.cpython-39-x86_64-linux-gnu.so", "_cffi_backend"),
+            ("/usr/lib/python3.12/lib-dynload/_ctypes.cpython-312-x86_64-linux-gnu.so", STDLIB),
+            ("/lib/x86_64-linux-gnu/libc.so.6", "libc.so.6"),
+            ("/srv/shop/_solver.so", "_solver.so"),
+            ("[vdso]", "[vdso]"),
+            ("", NO_FILE),
+        ];
+        for (library, expected) in cases {
+            let kind = FrameKind::Native { library };
+            let frame = FrameText { function: "f", file: "src/f.c", line: 1, kind };
+            assert_eq!(package_of(&frame), expected, "{library}");
+        }
+        let frame = FrameText { function: "f", file: "/srv/f.py", line: 1, kind: FrameKind::Python };
+        assert_eq!(package_of(&frame), APPLICATION);
+    }
 
     #[test]
     fn a_path_tells_its_package() {

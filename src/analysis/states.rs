@@ -5,8 +5,8 @@
 
 use crate::capture::{
     AGES, Age, BYTES_FRACTION, Block, COUNT_FRACTION, CaptureError, CaptureReader, Displaced, LiveSet,
-    Record, Site, SiteState, Snapshot, SnapshotHead, SnapshotPart, StackTable, Totals, Wanted, Weight,
-    age_class,
+    ReadOptions, Record, Site, SiteState, Snapshot, SnapshotHead, SnapshotPart, StackTable, Totals, Wanted,
+    Weight, age_class,
 };
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
@@ -15,12 +15,12 @@ use std::path::Path;
 /// Hands out the snapshots of a capture with their places, in the order of the file and in parts: what of them, `wanted` says for
 /// each place. `heads` are those that are whole.
 pub fn each_snapshot(
-    path: &Path,
+    (path, options): (&Path, &ReadOptions),
     heads: &[SnapshotHead],
     wanted: impl Fn(usize) -> Wanted,
     mut see: impl FnMut(usize, &SnapshotPart, &StackTable),
 ) -> Result<(), CaptureError> {
-    let mut reader = CaptureReader::open(path)?;
+    let mut reader = CaptureReader::open_with(path, options)?;
     reader.give_parts();
     let mut place = 0;
     reader.want(wanted(place));
@@ -43,11 +43,11 @@ pub fn each_snapshot(
 
 /// Replays the events of a capture and hands out what was live at each of `times` (nanoseconds since the start, ascending).
 pub fn replay_at(
-    path: &Path,
+    (path, options): (&Path, &ReadOptions),
     times: &[u64],
     mut see: impl FnMut(usize, &SnapshotPart, &StackTable),
 ) -> Result<(), CaptureError> {
-    let mut reader = CaptureReader::open(path)?;
+    let mut reader = CaptureReader::open_with(path, options)?;
     reader.want(Wanted::NOTHING);
     let (mut states, start) = (States::new(reader.header().page_size), reader.header().start_unix_ns);
     let mut due = times.iter().enumerate();

@@ -16,6 +16,8 @@ use std::rc::Rc;
 /// have 64.
 const INLINED: u64 = 1 << 20;
 const INLINED_PER_NODE: u64 = 3;
+/// What stands for a stack of which the view shows no frame.
+const HIDDEN: &str = "<hidden frames>";
 
 /// Which frames of a capture with native ones are shown. Frames that tell what is missing (of no file) are always.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -73,6 +75,8 @@ pub(super) struct Shown {
     places: Vec<FrameId>,
     /// Of each stack of the file: that which is shown.
     stacks: Vec<StackId>,
+    /// The stack of those that are hidden all; the empty one before there was any.
+    hidden: StackId,
     inlined_left: u64,
     told: (usize, usize, usize),
 }
@@ -86,6 +90,7 @@ impl Shown {
             frames: Vec::new(),
             places: Vec::new(),
             stacks: vec![StackId::EMPTY],
+            hidden: StackId::EMPTY,
             inlined_left: INLINED,
             told: (0, 0, 0),
         }
@@ -107,6 +112,7 @@ impl Shown {
     /// What is shown of a stack of the file, which may have been lost with a part of it.
     pub(super) fn stack(&mut self, stack: StackId) -> StackId {
         match self.stacks.get(stack.0 as usize) {
+            Some(shown) if *shown == StackId::EMPTY && stack != *shown => self.hidden,
             Some(shown) => *shown,
             None => self.lost(StackId::EMPTY).unwrap_or_default(),
         }
@@ -121,8 +127,14 @@ impl Shown {
         }
         for id in self.stacks.len()..=file.stack_count() {
             let Some((frame, caller)) = file.node(StackId(id as u32)) else { continue };
-            let caller = self.stack(caller);
+            // A caller's id is below its callee's.
+            let caller = self.stacks[caller.0 as usize];
             let stack = self.add_node(caller, frame)?;
+            if stack == StackId::EMPTY && self.hidden == StackId::EMPTY {
+                let marker = FrameText { function: HIDDEN, file: "", line: 0, kind: FrameKind::Python };
+                let marker = self.union.frame(marker)?;
+                self.hidden = self.union.node(StackId::EMPTY, marker)?;
+            }
             self.stacks.push(stack);
         }
         Ok(())

@@ -1,10 +1,11 @@
 //! `heaptap diff`.
 
+use super::frames::FrameArgs;
 use super::pattern::FilterArgs;
 use super::view::to_stdout;
 use super::when::parse_when;
 use crate::analysis::{Diff, DiffOptions, Family, Grouping, Moment, Outline, When, diff};
-use crate::capture::{CaptureError, Index};
+use crate::capture::{CaptureError, Index, ReadOptions};
 use crate::error::Error;
 use crate::report::{DiffFormat, DiffReport};
 use std::path::{Path, PathBuf};
@@ -52,6 +53,9 @@ pub(super) struct Args {
 
     #[command(flatten)]
     filter: FilterArgs,
+
+    #[command(flatten)]
+    frames: FrameArgs,
 
     /// Show so many rows at most; 0 for all. [default: 40, all with --json or --csv]
     #[arg(long, value_name = "N")]
@@ -107,8 +111,10 @@ impl Args {
         if self.capture.is_dir() || self.other.as_ref().is_some_and(|other| other.is_dir()) {
             return self.of_families(grouping);
         }
-        let first = Outline::read(&self.capture)?;
-        let second = self.other.as_deref().map(Outline::read).transpose()?;
+        let read_options = self.frames.read_options();
+        let read = |path: &Path| Outline::read(path, &read_options);
+        let first = read(&self.capture)?;
+        let second = self.other.as_deref().map(read).transpose()?;
         let new = second.as_ref().unwrap_or(&first);
         let old = second.as_ref().map(|_| &first);
         let (from, to) = self.moments(old, new)?;
@@ -118,8 +124,10 @@ impl Args {
 
     /// Folders of captures, each of whose processes counts as it was at the moment; a capture beside a folder is a family of one.
     fn of_families(&self, grouping: Grouping) -> Result<(), Error> {
-        let first = family(&self.capture)?;
-        let second = self.other.as_deref().map(family).transpose()?;
+        let read_options = self.frames.read_options();
+        let read = |path: &Path| family(path, &read_options);
+        let first = read(&self.capture)?;
+        let second = self.other.as_deref().map(read).transpose()?;
         let new = second.as_ref().unwrap_or(&first);
         let old = second.as_ref().map(|_| &first);
         let (from, to) = self.moments(old.map(Family::whole), new.whole())?;
@@ -169,16 +177,16 @@ fn in_order(are_two: bool, from: Moment, to: Moment) -> Result<(), Error> {
 }
 
 /// The captures of a folder, or one.
-fn family(path: &Path) -> Result<Family, Error> {
+fn family(path: &Path, options: &ReadOptions) -> Result<Family, Error> {
     let left_out = |error: CaptureError| tracing::warn!("{error}; it is left out");
     let family = if path.is_dir() {
         let index = Index::read(path)?;
         let captures: Vec<PathBuf> = index.captures(path).map(|(capture, _)| capture).collect();
-        Family::read(path, captures.into_iter(), index.not_recorded(), left_out)?
+        Family::read((path, options), captures.into_iter(), index.not_recorded(), left_out)?
     } else {
         // That it can't be read is no reason to leave it out.
-        Outline::read(path)?;
-        Family::read(path, std::iter::once(path.to_owned()), 0, left_out)?
+        Outline::read(path, options)?;
+        Family::read((path, options), std::iter::once(path.to_owned()), 0, left_out)?
     };
     family.ok_or_else(|| Error::EmptyFolder { path: path.to_owned() })
 }

@@ -1,5 +1,6 @@
 //! `heaptap dump`.
 
+use super::frames::FrameArgs;
 use super::view::to_stdout;
 use crate::capture::CaptureReader;
 use crate::error::Error;
@@ -24,6 +25,9 @@ pub(super) struct Args {
     #[arg(long)]
     leaks: bool,
 
+    #[command(flatten)]
+    frames: FrameArgs,
+
     /// Write one JSON object per line (docs/reports.md tells their fields).
     #[arg(long)]
     json: bool,
@@ -35,7 +39,7 @@ impl Args {
             return Err(Error::FolderOfRecords { path: self.capture });
         }
         let only = if self.leaks { Some(not_freed(CaptureReader::open(&self.capture)?)?) } else { None };
-        let reader = CaptureReader::open(&self.capture)?;
+        let reader = CaptureReader::open_with(&self.capture, &self.frames.read_options())?;
         to_stdout(|out, _| Ok(dump(reader, self.json, only.as_ref(), out)?))
     }
 }

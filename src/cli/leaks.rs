@@ -1,5 +1,6 @@
 //! `heaptap leaks`.
 
+use super::frames::FrameArgs;
 use super::pattern::FilterArgs;
 use super::view::to_stdout;
 use crate::analysis::{Outline, leaks};
@@ -29,6 +30,9 @@ pub(super) struct Args {
     #[command(flatten)]
     filter: FilterArgs,
 
+    #[command(flatten)]
+    frames: FrameArgs,
+
     /// Show so many sites at most; 0 for all. [default: 20, of a folder 5 for each process, all with --json]
     #[arg(long, value_name = "N")]
     max_rows: Option<usize>,
@@ -43,7 +47,7 @@ impl Args {
         if self.capture.is_dir() {
             return self.of_folder(&Index::read(&self.capture)?);
         }
-        let outline = Outline::read(&self.capture)?;
+        let outline = Outline::read(&self.capture, &self.frames.read_options())?;
         let leaks = leaks(&outline, self.filter.filter())?;
         let report = LeaksReport { leaks: &leaks, outline: &outline, max_rows: self.most_rows(20) };
         to_stdout(|out, _| Ok(report.write(self.json, out)?))
@@ -56,9 +60,10 @@ impl Args {
     /// One capture after the other. One that can't be read is told, and left out.
     fn of_folder(&self, index: &Index) -> Result<(), Error> {
         to_stdout(|out, _| {
+            let options = self.frames.read_options();
             let mut all = LeaksOfFolder::begin(self.json, out)?;
             for (path, _) in index.captures(&self.capture) {
-                let judged = Outline::read(&path)
+                let judged = Outline::read(&path, &options)
                     .and_then(|outline| leaks(&outline, self.filter.filter()).map(|leaks| (outline, leaks)));
                 match judged {
                     Ok((outline, leaks)) => {

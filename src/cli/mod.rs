@@ -15,6 +15,7 @@ mod doctor;
 mod dump;
 mod events;
 mod flamegraph;
+mod frames;
 mod gauges;
 mod leaks;
 mod log;

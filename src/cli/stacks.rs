@@ -1,5 +1,7 @@
 //! `heaptap stacks`: prints one look at the Python stack of every thread.
 
+use super::frames::FrameArgs;
+use crate::capture::FrameView;
 use crate::error::Error;
 use crate::recorder::look::{FrameLook, Look, MAX_DEPTH, Manner, inspect};
 use crate::recorder::look_native::{MergedLook, NativeFrame, NativeLook};
@@ -14,7 +16,8 @@ The process is stopped while it is looked at, some milliseconds. Nothing is writ
 
 Examples:
   heaptap stacks --pid 4242
-  heaptap stacks --pid 4242 --native --hide-interpreter
+  heaptap stacks --pid 4242 --native
+  heaptap stacks --pid 4242 --native --hide-interpreter=false
   heaptap stacks --pid 4242 --json | jq '.threads[].name'")]
 pub struct Args {
     /// The process to look at
@@ -26,9 +29,8 @@ pub struct Args {
     /// Show C frames, too, with the Python ones in their places
     #[arg(long, conflicts_with = "nonblocking")]
     pub native: bool,
-    /// Leave out C frames of Python itself
-    #[arg(long, requires = "native")]
-    pub hide_interpreter: bool,
+    #[command(flatten)]
+    pub frames: FrameArgs,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -36,15 +38,17 @@ pub struct Args {
 
 /// Does what `args` say.
 pub fn run(args: &Args) -> Result<(), Error> {
+    if args.frames.only.is_some() && !args.native {
+        return Err(Error::Usage("--only goes with --native"));
+    }
     let manner = match (args.nonblocking, args.native) {
         (true, _) => Manner::Running,
         (_, true) => Manner::Native,
         _ => Manner::Stopped,
     };
     let mut look = inspect(args.pid, manner)?;
-    if args.hide_interpreter {
-        look.threads.iter_mut().filter_map(|thread| thread.native.as_mut()).for_each(hide_interpreter);
-    }
+    let view = args.frames.view();
+    look.threads.iter_mut().filter_map(|thread| thread.native.as_mut()).for_each(|native| show(native, view));
     let mut out = io::stdout().lock();
     let printed = if args.json {
         serde_json::to_writer_pretty(&mut out, &look).map_err(io::Error::from).and_then(|()| writeln!(out))
@@ -126,8 +130,12 @@ fn native_text(frame: &NativeFrame) -> String {
     text + &format!(" [{}{inlined}]", printable(module.unwrap_or("no file")))
 }
 
-fn hide_interpreter(native: &mut NativeLook) {
-    native.frames.retain(|frame| !matches!(frame, MergedLook::Native(NativeFrame { interpreter: true, .. })));
+/// Leaves the frames that a view shows.
+fn show(native: &mut NativeLook, view: FrameView) {
+    native.frames.retain(|frame| match frame {
+        MergedLook::Python(_) => view.python,
+        MergedLook::Native(frame) => view.native && (view.interpreter || !frame.interpreter),
+    });
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! What the report verbs share: the capture, the view, where the output goes.
 
+use super::frames::FrameArgs;
 use crate::analysis::{Findings, Merge, View, analyse};
 use crate::capture::{CaptureReader, Index};
 use crate::error::Error;
@@ -26,6 +27,9 @@ pub(super) struct ViewArgs {
     /// Of a folder: keep the processes apart, not only their stacks.
     #[arg(long)]
     pub(super) split_processes: bool,
+
+    #[command(flatten)]
+    pub(super) frames: FrameArgs,
 }
 
 impl ViewArgs {
@@ -44,15 +48,17 @@ impl ViewArgs {
         if self.split_processes {
             return Err(Error::NotAFolder { path: self.capture.clone() });
         }
-        Ok(analyse(CaptureReader::open(&self.capture)?, self.view())?)
+        let reader = CaptureReader::open_with(&self.capture, &self.frames.read_options())?;
+        Ok(analyse(reader, self.view())?)
     }
 
     /// All captures of a folder. One that can't be read is as good as not recorded; it is told, and left out.
     fn merged(&self, index: &Index) -> Result<Findings, Error> {
         let mut merge = Merge::new(self.view(), self.split_processes);
-        let mut not_recorded = index.not_recorded();
+        let (mut not_recorded, options) = (index.not_recorded(), self.frames.read_options());
         for (path, _) in index.captures(&self.capture) {
-            let findings = CaptureReader::open(&path).and_then(|reader| analyse(reader, self.view()));
+            let findings =
+                CaptureReader::open_with(&path, &options).and_then(|reader| analyse(reader, self.view()));
             match findings {
                 Ok(findings) => merge.add(&path, &findings)?,
                 Err(error) => {

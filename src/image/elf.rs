@@ -259,7 +259,11 @@ impl ElfFile {
 
     /// The build id (`NT_GNU_BUILD_ID`), lower-case hexadecimal.
     pub fn build_id(&self) -> Option<String> {
-        self.notes_with_build_id().map(|(_, id)| id)
+        self.notes_with_build_id().map(|(_, id)| id).or_else(|| {
+            // A file with debugging information alone need not have segments.
+            let notes = self.section(".note.gnu.build-id").filter(|section| section.in_file)?;
+            build_id_in(&self.read(notes.offset, notes.size.min(1 << 16)).ok()?)
+        })
     }
 
     /// Where the notes lie that have the build id among them: offset and bytes.

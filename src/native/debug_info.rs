@@ -14,15 +14,15 @@ pub struct DebugInfo {
 }
 
 impl DebugInfo {
-    /// That of a file; `None` where it has none, or none that makes sense.
-    pub fn of(file: &ElfFile) -> Option<Self> {
-        file.section(".debug_info")?;
-        let section = |id: SectionId| -> Result<Bytes, gimli::Error> {
-            let bytes = file.content(id.name()).unwrap_or_default();
-            Ok(EndianArcSlice::new(Arc::from(bytes), LittleEndian))
-        };
-        let context = Context::from_dwarf(Dwarf::load(section).ok()?);
-        Some(Self { context: context.ok()? })
+    /// That of a file; `None` where it has none, or none that makes sense. `other` finds the file with a build id: `dwz` puts into it
+    /// what several share.
+    pub fn of(file: &ElfFile, other: impl Fn(&str) -> Option<ElfFile>) -> Option<Self> {
+        file.section(".debug_info").filter(|section| section.in_file)?;
+        let mut dwarf = Dwarf::load(|id| section(file, id)).ok()?;
+        if let Some(other) = shared(file).and_then(|build_id| other(&build_id)) {
+            dwarf.load_sup(|id| section(&other, id)).ok()?;
+        }
+        Some(Self { context: Context::from_dwarf(dwarf).ok()? })
     }
 
     /// The functions at an address of the file, the innermost inlined one first; empty where nothing is told.
@@ -43,4 +43,21 @@ impl DebugInfo {
         }
         places
     }
+}
+
+fn section(file: &ElfFile, id: SectionId) -> Result<Bytes, gimli::Error> {
+    let bytes = file.content(id.name()).unwrap_or_default();
+    Ok(EndianArcSlice::new(Arc::from(bytes), LittleEndian))
+}
+
+/// The build id of the file with what several share (`dwz(1)`: `.gnu_debugaltlink` is its path, a zero, its build id).
+fn shared(file: &ElfFile) -> Option<String> {
+    let link = file.content(".gnu_debugaltlink")?;
+    let path = link.iter().position(|byte| *byte == 0)?;
+    Some(hex(&link[path + 1..])).filter(|id| !id.is_empty())
+}
+
+/// A build id as it is written.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

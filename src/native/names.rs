@@ -4,6 +4,8 @@
 //! tells stays unknown: the nearest symbol before an address that is beyond its end is no name for it.
 
 use super::debug_info::DebugInfo;
+use super::debuginfod::Debuginfod;
+use super::symbolize::Symbolizer;
 use crate::addr::ImageAddr;
 use crate::image::Module;
 use crate::image::elf::ElfFile;
@@ -24,13 +26,13 @@ pub struct Place {
 
 /// Names of the code in a process. Each file is looked into when the first address of it is asked for.
 pub struct Names {
-    /// Folders in which separate debugging information lies.
-    folders: Vec<PathBuf>,
+    symbolizer: Symbolizer,
     /// By the number that the file has elsewhere.
     files: HashMap<usize, OfFile>,
 }
 
-struct OfFile {
+/// What is known of the code in one file.
+pub(super) struct OfFile {
     functions: Vec<Function>,
     debug: Option<DebugInfo>,
 }
@@ -45,32 +47,46 @@ impl Names {
     /// None yet. `root` is the root folder of the process.
     pub fn new(root: &Path) -> Self {
         let folders = vec![root.join("usr/lib/debug"), PathBuf::from("/usr/lib/debug")];
-        Self { folders, files: HashMap::new() }
+        let symbolizer = Symbolizer::with(folders, Debuginfod::from_environment());
+        Self { symbolizer, files: HashMap::new() }
     }
 
     /// What is there in file number `number`: the innermost inlined function first, that which it was inlined into last. Never empty.
     pub fn places(&mut self, number: usize, file: &Module, at: ImageAddr) -> Vec<Place> {
-        let folders = &self.folders;
-        let names = self.files.entry(number).or_insert_with(|| OfFile::of(file.file(), folders));
-        let mut places = names.debug.as_ref().map(|debug| debug.places(at.0)).unwrap_or_default();
-        if places.is_empty() {
-            places.push(Place::default());
-        }
-        if let Some(outermost) = places.last_mut().filter(|place| place.function.is_none()) {
-            outermost.function = names.function(at).map(demangled);
-        }
-        places
+        let symbolizer = &self.symbolizer;
+        let names = self
+            .files
+            .entry(number)
+            .or_insert_with(|| symbolizer.read(Some(file.file()), &file.build_id().unwrap_or_default()));
+        names.places(at)
     }
 }
 
 impl OfFile {
-    fn of(file: &ElfFile, folders: &[PathBuf]) -> Self {
-        let separate = file.build_id().and_then(|id| separate(&id, folders));
-        let debug = DebugInfo::of(file).or_else(|| DebugInfo::of(separate.as_ref()?));
-        let mut all = functions(file);
-        all.extend(separate.iter().flat_map(functions));
+    /// Of the file itself and the one with its debugging information, either of which may not be there. `other` finds the file with
+    /// a build id that has what several share of that information.
+    pub(super) fn of_files(
+        file: Option<&ElfFile>,
+        separate: Option<&ElfFile>,
+        other: impl Fn(&str) -> Option<ElfFile>,
+    ) -> Self {
+        let files = || file.into_iter().chain(separate);
+        let debug = files().find_map(|file| DebugInfo::of(file, &other));
+        let mut all: Vec<Function> = files().flat_map(functions).collect();
         all.sort_by_key(|function| function.start);
         Self { functions: all, debug }
+    }
+
+    /// What is at an address, innermost first. Never empty.
+    pub(super) fn places(&self, at: ImageAddr) -> Vec<Place> {
+        let mut places = self.debug.as_ref().map(|debug| debug.places(at.0)).unwrap_or_default();
+        if places.is_empty() {
+            places.push(Place::default());
+        }
+        if let Some(outermost) = places.last_mut().filter(|place| place.function.is_none()) {
+            outermost.function = self.function(at).map(demangled);
+        }
+        places
     }
 
     fn function(&self, at: ImageAddr) -> Option<&str> {
@@ -92,7 +108,7 @@ fn functions(file: &ElfFile) -> Vec<Function> {
 }
 
 /// The file with the debugging information of this build id (GDB manual, "Separate Debug Files").
-fn separate(build_id: &str, folders: &[PathBuf]) -> Option<ElfFile> {
+pub(super) fn separate(build_id: &str, folders: &[PathBuf]) -> Option<ElfFile> {
     let (first, rest) = build_id.split_at_checked(2)?;
     let paths =
         folders.iter().map(|folder| folder.join(".build-id").join(first).join(format!("{rest}.debug")));

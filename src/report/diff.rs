@@ -3,7 +3,7 @@
 use super::columns::{Column, Kind, write_columns};
 use super::facts::{Facts, write_run};
 use super::figures::{Figures, is_false};
-use super::names::NO_STACK;
+use super::names::{NO_STACK, NativeCode, place_text};
 use super::text::{duration, escaped, size, timestamp};
 use super::{ReportError, limited, write_json, write_rest};
 use crate::analysis::{Change, Diff, DiffRow, FrameName, GroupName, Grouping, Moment, Outline};
@@ -81,13 +81,34 @@ struct Row<'a> {
 #[derive(Serialize)]
 #[serde(untagged)]
 enum NameFields<'a> {
-    Line { function: Option<&'a str>, file: Option<&'a str>, line: Option<u32> },
-    File { file: Option<&'a str> },
-    Function { function: Option<&'a str>, file: Option<&'a str> },
-    Module { module: Option<&'a str> },
-    Allocator { allocator: Option<&'a str> },
-    Thread { thread: Option<&'a str> },
-    Traceback { traceback: Vec<FrameFields<'a>> },
+    Line {
+        function: Option<&'a str>,
+        file: Option<&'a str>,
+        line: Option<u32>,
+        #[serde(flatten)]
+        code: Option<NativeCode<'a>>,
+    },
+    File {
+        file: Option<&'a str>,
+    },
+    Function {
+        function: Option<&'a str>,
+        file: Option<&'a str>,
+        #[serde(flatten)]
+        code: Option<NativeCode<'a>>,
+    },
+    Module {
+        module: Option<&'a str>,
+    },
+    Allocator {
+        allocator: Option<&'a str>,
+    },
+    Thread {
+        thread: Option<&'a str>,
+    },
+    Traceback {
+        traceback: Vec<FrameFields<'a>>,
+    },
 }
 
 #[derive(Serialize)]
@@ -95,6 +116,8 @@ struct FrameFields<'a> {
     function: &'a str,
     file: &'a str,
     line: Option<u32>,
+    #[serde(flatten)]
+    code: Option<NativeCode<'a>>,
 }
 
 /// Figures of a row, also the columns of CSV.
@@ -289,21 +312,23 @@ fn moment_text(outline: &Outline, moment: Moment) -> String {
 
 impl<'a> NameFields<'a> {
     fn of(grouping: Grouping, name: &'a GroupName) -> Self {
-        let GroupName { function, file, line, module, allocator, thread, traceback } = name;
+        let GroupName { function, file, line, library, module, allocator, thread, traceback } = name;
         let (function, file) = (function.as_deref(), file.as_deref());
+        let code = library.as_deref().map(NativeCode::of);
         match grouping {
-            Grouping::Lineno | Grouping::Site => Self::Line { function, file, line: *line },
+            Grouping::Lineno | Grouping::Site => Self::Line { function, file, line: *line, code },
             Grouping::Filename => Self::File { file },
-            Grouping::Function => Self::Function { function, file },
+            Grouping::Function => Self::Function { function, file, code },
             Grouping::Module => Self::Module { module: module.as_deref() },
             Grouping::Allocator => Self::Allocator { allocator: *allocator },
             Grouping::Thread => Self::Thread { thread: thread.as_deref() },
             Grouping::Traceback => {
                 let frames = traceback.iter().flatten();
-                let frame = |(function, file, line): &'a FrameName| FrameFields {
+                let frame = |FrameName { function, file, line, library }: &'a FrameName| FrameFields {
                     function,
                     file,
                     line: Some(*line).filter(|line| *line > 0),
+                    code: library.as_deref().map(NativeCode::of),
                 };
                 Self::Traceback { traceback: frames.map(frame).collect() }
             }
@@ -376,15 +401,14 @@ fn name_cell(column: &str, name: &GroupName) -> String {
 
 /// A group in one line.
 pub(super) fn label(name: &GroupName) -> String {
-    let GroupName { function, file, line, module, allocator, thread, traceback } = name;
+    let GroupName { function, file, line, library, module, allocator, thread, traceback } = name;
     if let Some(frames) = traceback {
-        let frames = frames.iter().map(|(function, file, line)| {
-            format!(
-                "{} ({}{})",
-                escaped(function),
-                escaped(file),
-                at_line(Some(*line).filter(|line| *line > 0))
-            )
+        let frames = frames.iter().map(|FrameName { function, file, line, library }| match library {
+            Some(library) => place_text(function, file, *line, Some(library)),
+            None => {
+                let line = at_line(Some(*line).filter(|line| *line > 0));
+                format!("{} ({}{line})", escaped(function), escaped(file))
+            }
         });
         return frames.collect::<Vec<_>>().join(" < ");
     }
@@ -392,6 +416,9 @@ pub(super) fn label(name: &GroupName) -> String {
         return escaped(word).into_owned();
     }
     match (function, file, allocator) {
+        (Some(function), Some(file), _) if library.is_some() => {
+            place_text(function, file, line.unwrap_or(0), library.as_deref())
+        }
         (Some(function), Some(file), _) => {
             format!("{} ({}{})", escaped(function), escaped(file), at_line(*line))
         }

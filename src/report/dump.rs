@@ -192,10 +192,9 @@ fn as_json(record: &Record, sampled: bool, stacks: &StackTable) -> Value {
         Record::String(id) => json!({ "record": "string", "id": id.0, "text": stacks.string(*id) }),
         Record::Frame(id) => {
             let place = location(Some(*id), stacks);
-            json!({
-                "record": "frame", "id": id.0,
-                "function": place.function, "file": place.file, "line": place.line,
-            })
+            let mut object = json!(place);
+            (object["record"], object["id"]) = ("frame".into(), id.0.into());
+            object
         }
         Record::Stack(id) => {
             let node = stacks.node(*id);

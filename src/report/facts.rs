@@ -4,7 +4,7 @@
 
 use super::figures::{Figures, is_false};
 use super::several::{Several, merged_warnings, write_several};
-use super::text::{counted, duration, escaped, number, size, timestamp};
+use super::text::{counted, duration, escaped, number, share, size, timestamp};
 use crate::analysis::{Findings, OfSnapshot, Totals, View};
 use crate::capture::{CutShort, Damage, EndReason, Header, LibcFacts, PythonFacts, Trailer};
 use serde::Serialize;
@@ -28,6 +28,8 @@ pub struct Facts<'a> {
     sampling_mean_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     sampling: Option<Sampling>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    native: Option<Native>,
     /// False if the file has no trailer.
     complete: bool,
     cut_short: Option<Cut<'a>>,
@@ -53,6 +55,13 @@ struct Sampling {
     /// `None` without an event log: which sample was drawn with which is not known.
     least_interval_bytes: Option<u64>,
     largest_interval_bytes: Option<u64>,
+}
+
+/// How native stacks were taken. Both are `None` where the file has no trailer.
+#[derive(Serialize)]
+struct Native {
+    stacks: Option<u64>,
+    cut_short: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -112,6 +121,7 @@ impl<'a> Facts<'a> {
             python_allocators: header.python_allocators,
             sampling_mean_bytes: header.sampling_mean_bytes,
             sampling: Sampling::of(findings),
+            native: Native::of(findings),
             complete: findings.trailer.is_some(),
             cut_short: findings.cut.as_ref().map(|cut| Cut { offset: cut.offset, why: &cut.why }),
             damaged_chunks: findings.damage.chunks,
@@ -137,6 +147,26 @@ impl Sampling {
             least_interval_bytes: (!findings.is_of_snapshots()).then_some(samples.least_interval),
             largest_interval_bytes: (!findings.is_of_snapshots()).then_some(samples.largest_interval),
         })
+    }
+}
+
+impl Native {
+    fn of(findings: &Findings) -> Option<Self> {
+        let counters = findings.trailer.as_ref().map(|trailer| trailer.counters);
+        let (stacks, cut_short) = (counters.map(|c| c.native_stacks), counters.map(|c| c.native_cut));
+        findings.header.native.then_some(Self { stacks, cut_short })
+    }
+}
+
+/// How native stacks were taken, in one line.
+pub(super) fn native_text(findings: &Findings) -> Option<String> {
+    match Native::of(findings)? {
+        Native { stacks: Some(stacks), cut_short: Some(cut) } => {
+            let (all, share) = (counted(stacks, "native stack"), share(cut, stacks));
+            let why = if cut > 0 { ": some code does not tell who called it" } else { "" };
+            Some(format!("{all}, {} ({share}) cut short{why}", number(cut)))
+        }
+        _ => Some("Native stacks were taken; how many is not known".to_owned()),
     }
 }
 
@@ -247,6 +277,9 @@ pub(super) fn write_run(findings: &Findings, out: &mut dyn Write) -> io::Result<
     };
     writeln!(out, "Recorded {}; ended: {ended}", duration(run_duration(findings)))?;
     if let Some(line) = sampling_text(findings) {
+        writeln!(out, "{line}")?;
+    }
+    if let Some(line) = native_text(findings) {
         writeln!(out, "{line}")?;
     }
     if findings.header.aggregated && !findings.is_of_snapshots() {

@@ -6,11 +6,12 @@
 
 use super::facts::{is_cut_or_damaged, total, view_text};
 use super::figures::Figures;
-use super::names::{NO_STACK, place};
+use super::names::{NO_STACK, is_native, place};
 use super::text::{counted, escaped, fitted, size};
 use super::{Format, Report, ReportError};
 use crate::analysis::{CallTree, Findings};
 use crate::capture::StackId;
+use inferno::flamegraph::color::{Color, PaletteMap};
 use inferno::flamegraph::{self, Direction, Options, Palette};
 use std::io::Write;
 
@@ -40,7 +41,7 @@ impl Report for FlameGraph {
     /// Writes the SVG; `format` does not matter to it.
     fn write(&self, findings: &Findings, _format: Format, out: &mut dyn Write) -> Result<(), ReportError> {
         let tree = CallTree::new(&findings.sites, &findings.stacks);
-        let lines = fold(&tree, findings);
+        let Folder { lines, mut native, .. } = fold(&tree, findings);
         if lines.is_empty() {
             return Err(ReportError::Nothing("the view shows no bytes"));
         }
@@ -51,6 +52,9 @@ impl Report for FlameGraph {
         options.name_type = "Frame:".to_owned();
         options.deterministic = true;
         options.colors = Palette::Basic(flamegraph::color::BasicPalette::Mem);
+        if native.iter().next().is_some() {
+            options.palette_map = Some(&mut native);
+        }
         options.reverse_stack_order = self.inverted;
         options.direction = if self.icicle { Direction::Inverted } else { Direction::Straight };
         flamegraph::from_lines(&mut options, lines.iter().map(String::as_str), out)?;
@@ -79,6 +83,9 @@ fn subtitle(findings: &Findings) -> String {
     if let Some(mean) = findings.header.sampling_mean_bytes {
         text.push_str(&format!("estimates (± 95 %) from a sample at {} mean; ", size(mean)));
     }
+    if findings.header.native {
+        text.push_str("native frames are blue; ");
+    }
     text.push_str(&format!(
         "{}; Python {}, {} breakpoints; ",
         view_text(findings),
@@ -97,14 +104,15 @@ struct Visit {
     depth: usize,
 }
 
-/// `outermost;…;innermost bytes` for every stack that has some.
-fn fold(tree: &CallTree, findings: &Findings) -> Vec<String> {
+/// `outermost;…;innermost bytes` for every stack that has some, and the colours of native frames.
+fn fold(tree: &CallTree, findings: &Findings) -> Folder {
     let root = tree.totals(StackId::EMPTY);
     // Sizes come from a file and may add up to anything: they are scaled to what can be added.
     let whole: u128 = findings.sites.iter().map(|row| u128::from(row.totals.bytes())).sum();
     let scale = whole.div_ceil(MAX_SUM).max(1) as u64;
     let smallest = (root.total.bytes() / FINEST).max(scale);
-    let mut folder = Folder { lines: Vec::new(), text: 0, left_over: 0, scale };
+    let native = PaletteMap::default();
+    let mut folder = Folder { lines: Vec::new(), text: 0, left_over: 0, scale, native };
     folder.line(NO_STACK, "", root.own.bytes());
     let mut path = String::new();
     let top = |node: &StackId| Visit { node: *node, path_len: 0, depth: 1 };
@@ -118,7 +126,11 @@ fn fold(tree: &CallTree, findings: &Findings) -> Vec<String> {
         }
         // `;` separates frames; a line is cut at its last blank, and a place ends in `)`.
         let name = place(tree.frame(node), &findings.stacks).replace(';', ":");
-        path.push_str(&fitted(&name, MAX_NAME));
+        let name = fitted(&name, MAX_NAME);
+        if is_native(tree.frame(node), &findings.stacks) {
+            folder.native.insert(&name, native_colour(&name));
+        }
+        path.push_str(&name);
         let totals = tree.totals(node);
         if depth >= MAX_DEPTH {
             folder.line(&path, ";(deeper frames)", totals.total.bytes());
@@ -135,7 +147,13 @@ fn fold(tree: &CallTree, findings: &Findings) -> Vec<String> {
     let left_over = folder.left_over;
     folder.text = 0;
     folder.line("(too many stacks to draw)", "", left_over);
-    folder.lines
+    folder
+}
+
+/// Blue, for Python's frames are green; which blue, the name says, so that a frame has one in every picture.
+fn native_colour(name: &str) -> Color {
+    let hash = crc32fast::hash(name.as_bytes());
+    Color { r: 80 + (hash % 60) as u8, g: 130 + (hash >> 8) as u8 % 70, b: 205 + (hash >> 16) as u8 % 40 }
 }
 
 struct Folder {
@@ -143,6 +161,7 @@ struct Folder {
     text: usize,
     left_over: u64,
     scale: u64,
+    native: PaletteMap,
 }
 
 impl Folder {

@@ -3,6 +3,7 @@
 use super::diff::label;
 use super::facts::{warnings, write_run};
 use super::figures::{Figures, is_false};
+use super::names::NativeCode;
 use super::text::{counted, duration, size};
 use super::{ReportError, limited, text, write_rest};
 use crate::analysis::{Leaks, Outline, ProcessGrowth, SiteVerdict, TooLittle, Verdict};
@@ -48,6 +49,8 @@ struct Site<'a> {
     function: Option<&'a str>,
     file: Option<&'a str>,
     line: Option<u32>,
+    #[serde(flatten)]
+    code: Option<NativeCode<'a>>,
     evidence: String,
     pid: u32,
     bytes: u64,
@@ -162,6 +165,7 @@ impl LeaksReport<'_> {
             function: site.name.function.as_deref(),
             file: site.name.file.as_deref(),
             line: site.name.line,
+            code: site.name.library.as_deref().map(NativeCode::of),
             evidence: self.evidence(site),
             pid: self.outline.findings.header.pid,
             bytes: site.live.bytes(),

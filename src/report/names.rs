@@ -2,7 +2,7 @@
 
 use super::text::escaped;
 use crate::analysis::Findings;
-use crate::capture::{FrameId, StackTable};
+use crate::capture::{FrameId, FrameKind, StackTable};
 use serde::Serialize;
 
 /// What stands for allocations of threads without a Python stack.
@@ -15,6 +15,22 @@ pub(super) struct Location<'a> {
     pub(super) file: Option<&'a str>,
     /// `null` if unknown.
     pub(super) line: Option<u32>,
+    #[serde(flatten)]
+    pub(super) code: Option<NativeCode<'a>>,
+}
+
+/// Of a native frame, for JSON.
+#[derive(Serialize, Clone, Copy)]
+pub(super) struct NativeCode<'a> {
+    kind: &'static str,
+    /// The file that holds the code; `null` if none does.
+    module: Option<&'a str>,
+}
+
+impl<'a> NativeCode<'a> {
+    pub(super) fn of(library: &'a str) -> Self {
+        Self { kind: "native", module: Some(library).filter(|library| !library.is_empty()) }
+    }
 }
 
 pub(super) fn location(frame: Option<FrameId>, stacks: &StackTable) -> Location<'_> {
@@ -24,6 +40,10 @@ pub(super) fn location(frame: Option<FrameId>, stacks: &StackTable) -> Location<
         // Where processes are kept apart, the outermost frame is a process: it has no file.
         file: text.map(|text| text.file).filter(|file| !file.is_empty()),
         line: text.map(|text| text.line).filter(|line| *line > 0),
+        code: text.and_then(|text| match text.kind {
+            FrameKind::Python => None,
+            FrameKind::Native { library } => Some(NativeCode::of(library)),
+        }),
     }
 }
 
@@ -31,17 +51,54 @@ pub(super) fn location(frame: Option<FrameId>, stacks: &StackTable) -> Location<
 pub(super) fn place(frame: Option<FrameId>, stacks: &StackTable) -> String {
     let Some(id) = frame else { return NO_STACK.to_owned() };
     let text = stacks.frame(id);
-    match text.line {
-        0 if text.file.is_empty() => escaped(text.function).into_owned(),
-        0 => format!("{} ({})", escaped(text.function), escaped(text.file)),
-        line => format!("{} ({}:{line})", escaped(text.function), escaped(text.file)),
+    let library = match text.kind {
+        FrameKind::Python => None,
+        FrameKind::Native { library } => Some(library),
+    };
+    place_text(text.function, text.file, text.line, library)
+}
+
+/// A frame in words, harmless: `function (file:line)`; of native code `function at file.c:line [library]`.
+pub(super) fn place_text(function: &str, file: &str, line: u32, library: Option<&str>) -> String {
+    let name = escaped(function);
+    match (library, line) {
+        (Some(library), _) => {
+            let source = (file != library).then(|| format!(" at {}{}", escaped(short(file)), at_line(line)));
+            let library = short(library);
+            // Code without a name is called by its place in the library.
+            let holder = if function.ends_with(&format!(" in {library}")) || library.is_empty() {
+                String::new()
+            } else {
+                format!(" [{}]", escaped(library))
+            };
+            format!("{name}{}{holder}", source.unwrap_or_default())
+        }
+        (None, 0) if file.is_empty() => name.into_owned(),
+        (None, line) => format!("{name} ({}{})", escaped(file), at_line(line)),
     }
 }
 
-/// `function (file)`, harmless.
+/// The last part of a path.
+fn short(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
+}
+
+fn at_line(line: u32) -> String {
+    if line > 0 { format!(":{line}") } else { String::new() }
+}
+
+/// Whether a frame is one of native code.
+pub(super) fn is_native(frame: Option<FrameId>, stacks: &StackTable) -> bool {
+    frame.is_some_and(|id| matches!(stacks.frame(id).kind, FrameKind::Native { .. }))
+}
+
+/// `function (file)`, of native code `function [library]`, harmless.
 pub(super) fn function(frame: Option<FrameId>, stacks: &StackTable) -> String {
     let Some(id) = frame else { return NO_STACK.to_owned() };
     let text = stacks.frame(id);
+    if let FrameKind::Native { library } = text.kind {
+        return place_text(text.function, library, 0, Some(library));
+    }
     if text.file.is_empty() {
         return escaped(text.function).into_owned();
     }

@@ -1,6 +1,6 @@
 //! What reports say of several captures that were merged: which, how each ended, and what is wrong with any.
 
-use super::facts::{file_warnings, run_duration, sampling_text, warnings, write_how};
+use super::facts::{file_warnings, native_text, run_duration, sampling_text, warnings, write_how};
 use super::figures::{Errors, Figures};
 use super::text::{counted, duration, escaped, fitted, number};
 use crate::analysis::{Findings, Merged, MergedProcess};
@@ -72,6 +72,9 @@ pub(super) fn write_several(findings: &Findings, merged: &Merged, out: &mut dyn 
         duration(run_duration(findings))
     )?;
     if let Some(line) = sampling_text(findings) {
+        writeln!(out, "{line}")?;
+    }
+    if let Some(line) = native_text(findings) {
         writeln!(out, "{line}")?;
     }
     for warning in warnings(findings) {

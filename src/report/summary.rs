@@ -3,7 +3,7 @@
 use super::columns::{Column, Kind, write_columns};
 use super::facts::{Facts, Shown, total, write_view};
 use super::figures::{Figures, NestedErrors};
-use super::names::{function, location};
+use super::names::{NativeCode, function, location};
 use super::text::{percent, share};
 use super::{Format, Report, ReportError, limited, write_json, write_rest};
 use crate::analysis::{CallTree, Findings, FunctionRow, functions};
@@ -44,6 +44,8 @@ struct Document<'a> {
 struct Row<'a> {
     function: Option<&'a str>,
     file: Option<&'a str>,
+    #[serde(flatten)]
+    code: Option<NativeCode<'a>>,
     total_bytes: u64,
     total_percent: f64,
     total_count: u64,
@@ -118,6 +120,7 @@ impl Summary {
             Row {
                 function: place.function,
                 file: place.file,
+                code: place.code,
                 total_bytes: row.total.bytes(),
                 total_percent: percent(row.total.bytes(), whole),
                 total_count: row.total.count(),

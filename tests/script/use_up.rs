@@ -1,8 +1,8 @@
 //! A file's bytes through the reader and every report.
 
 use heaptap::analysis::{DiffOptions, Filter, Grouping, Moment, Outline, View, When, analyse, diff, leaks};
-use heaptap::capture::CaptureReader;
 use heaptap::capture::format::{FLAG_SAMPLED, MAGIC, VERSION};
+use heaptap::capture::{CaptureReader, ReadOptions};
 use heaptap::report::dump::dump;
 use heaptap::report::{
     DiffFormat, DiffReport, FlameGraph, Format, LeaksReport, Report, Stats, Summary, Table, Tree,
@@ -43,7 +43,7 @@ pub fn use_up(bytes: &[u8]) {
 fn compare(bytes: &[u8]) {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(bytes).unwrap();
-    let new = Outline::read(file.path()).unwrap();
+    let new = Outline::read(file.path(), &ReadOptions::default()).unwrap();
     let to = new.find(When::Last).unwrap();
     for (grouping, cumulative) in [
         (Grouping::Lineno, true),
