@@ -4,7 +4,7 @@
 mod script;
 
 use heaptap::capture::CaptureReader;
-use script::use_up::{use_up, with_events};
+use script::use_up::{use_up, with_chunks, with_events};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::io::Cursor;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -48,6 +48,13 @@ fn what_a_file_announces_is_not_reserved() {
         // A column of 4 GiB, and the most events in the fewest bytes.
         with_events(&[&[0, 0][..], &far].concat()),
         with_events(&[&[0, 0, 2, 5, 5, 0x24, 2, 0x53, 0x53][..], &[0x1f; 300]].concat()),
+        // A far module, one with a long build id, a frame of it, and names: so many strings, frames, places.
+        with_chunks(true, &[(2, &[&[0, 0, 0, 0x2b][..], &far, &[1, b'm', 0]].concat())]),
+        with_chunks(true, &[(2, &[&[0, 0, 0, 0x2b, 0, 1, b'm'][..], &far].concat())]),
+        with_chunks(true, &[(2, &[&[0, 0, 0, 0x2c, 0][..], &far, &[1, 0]].concat())]),
+        with_chunks(true, &[(6, &far)]),
+        with_chunks(true, &[(6, &[&[0][..], &far].concat())]),
+        with_chunks(true, &[(6, &[&[0, 1, 0, 0][..], &far].concat())]),
     ];
     for bytes in files {
         assert!(CaptureReader::from_input("test", Box::new(Cursor::new(bytes.clone()))).is_ok());

@@ -31,13 +31,21 @@ fn chunk(kind: u8, content: &[u8], out: &mut Vec<u8>) {
     out.extend([&header[..], &crc.to_le_bytes(), content].concat());
 }
 
-fuzz_target!(|events: &[u8]| {
+fuzz_target!(|bytes: &[u8]| {
+    // The first byte says whether there are native frames; then the last quarter is what they are called.
+    let native = bytes.first().is_some_and(|first| first & 1 == 1);
+    let (events, symbols) = bytes.split_at(if native { bytes.len() - bytes.len() / 4 } else { bytes.len() });
+    let events = events.get(1..).unwrap_or_default();
     let mut file = [&MAGIC[..], &VERSION.to_le_bytes(), &FLAG_SAMPLED.to_le_bytes()].concat();
     let crc = crc32(&file);
     file.extend(crc.to_le_bytes());
-    chunk(kind::HEADER, br#"{"sampling_mean_bytes": 1024}"#, &mut file);
+    let header = format!(r#"{{"sampling_mean_bytes": 1024, "native": {native}}}"#);
+    chunk(kind::HEADER, header.as_bytes(), &mut file);
     for part in events.chunks(1 << 16) {
         chunk(kind::EVENTS, part, &mut file);
+    }
+    if native {
+        chunk(kind::SYMBOLS, &symbols[..symbols.len().min(1 << 16)], &mut file);
     }
     let open = || {
         CaptureReader::from_input("fuzz", Box::new(Cursor::new(file.clone()))).expect("the header is sound")

@@ -1,6 +1,6 @@
 //! Symbols chunks: what native frames are called, there and back (the bytes are drawn in `format`).
 //!
-//! Pure. Nothing that the bytes say is believed; what a reader holds grows with the bytes read.
+//! Pure. Nothing that the bytes say is believed; what a reader holds grows with the bytes read, up to a bound.
 
 use super::format::{CHUNK_TARGET_LEN, MAX_NAME_LEN, MAX_PLACES};
 use super::intern::cut;
@@ -12,6 +12,10 @@ use std::collections::HashMap;
 
 /// The most bytes of numbers that a frame, or one of its places, takes.
 const NUMBERS_LEN: usize = 30;
+/// What a reader holds of a file: so many strings, places and frames each, and so many bytes of text. No program has as many.
+const MOST: usize = 1 << 22;
+const MOST_TEXT: usize = 256 << 20;
+const TOO_MANY: &str = "there are too many symbols";
 
 /// Hands the contents of as many chunks as it takes to `write`.
 pub(super) fn encode<E>(
@@ -124,12 +128,15 @@ impl Symbols {
     pub(super) fn take(&mut self, raw: &[u8]) -> Result<(), &'static str> {
         const ENDED: &str = "a symbol is cut or holds an overlong number";
         let mut cursor = Cursor::new(raw, 0);
-        let first = u32::try_from(self.strings.len()).map_err(|_| "there are too many symbols")?;
+        let first = u32::try_from(self.strings.len()).map_err(|_| TOO_MANY)?;
         let strings = cursor.varint_u32().ok_or(ENDED)?;
         for _ in 0..strings {
             let len = cursor.varint().ok_or(ENDED)?;
             let text = std::str::from_utf8(cursor.take(len).ok_or(ENDED)?);
             let text = text.map_err(|_| "a symbol is not UTF-8")?;
+            if self.strings.len() == MOST || self.text.len() + text.len() > MOST_TEXT {
+                return Err(TOO_MANY);
+            }
             self.strings.push((self.text.len(), text.len()));
             self.text.push_str(text);
         }
@@ -142,6 +149,9 @@ impl Symbols {
                 return Err("a native frame has too many places");
             }
             let start = self.places.len();
+            if start + MAX_PLACES > MOST || self.frames.len() == MOST {
+                return Err(TOO_MANY);
+            }
             for _ in 0..count {
                 let mut name = || match cursor.varint_u32().ok_or(ENDED)?.checked_sub(1) {
                     Some(name) if name >= strings => Err("a symbol that is not in its chunk is named"),
@@ -236,6 +246,26 @@ mod tests {
                 let _ = symbols.places(frame(module.map(|module| module.0), *address));
             }
         }
+    }
+
+    #[test]
+    fn a_reader_holds_no_more_than_a_bound() {
+        let mut symbols = Symbols::default();
+        // Empty strings: a byte each.
+        let mut strings = Vec::new();
+        put(&mut strings, 1 << 20);
+        strings.extend(vec![0; (1 << 20) + 1]);
+        let taken = (0..8).map(|_| symbols.take(&strings)).filter(Result::is_ok).count();
+        assert_eq!((taken, symbols.strings.len()), (4, MOST));
+        // Frames of 64 places, three bytes each.
+        let mut frames = vec![0];
+        put(&mut frames, 5000);
+        for _ in 0..5000 {
+            frames.extend([1, 2, MAX_PLACES as u8]);
+            frames.extend([0; 3 * MAX_PLACES]);
+        }
+        let taken = (0..20).map(|_| symbols.take(&frames)).filter(Result::is_ok).count();
+        assert!(taken == MOST / (5000 * MAX_PLACES) && symbols.places.len() <= MOST, "{taken}");
     }
 
     #[test]
