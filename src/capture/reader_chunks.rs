@@ -7,7 +7,7 @@ use super::error::CaptureError;
 use super::format::{CHUNK_HEADER_LEN, kind};
 use super::reader::CaptureReader;
 use super::symbols::Symbols;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
 /// What was found where a chunk should be.
@@ -57,6 +57,9 @@ impl CaptureReader {
         let failed =
             |path: &Path, offset, source| CaptureError::Read { path: path.to_owned(), offset, source };
         let (begin, mut symbols, mut at) = (self.offset, Symbols::default(), self.offset);
+        if self.input.seek(SeekFrom::Start(begin)).is_err_and(|e| e.kind() == io::ErrorKind::NotSeekable) {
+            self.spool().map_err(|e| failed(&self.path, begin, e))?;
+        }
         let mut bytes = [0; CHUNK_HEADER_LEN];
         loop {
             self.input.seek(SeekFrom::Start(at)).map_err(|e| failed(&self.path, at, e))?;
@@ -82,6 +85,16 @@ impl CaptureReader {
         }
         self.input.seek(SeekFrom::Start(begin)).map_err(|e| failed(&self.path, begin, e))?;
         Ok(symbols)
+    }
+
+    /// Puts what comes through a pipe into a file that has no name, for it is read twice.
+    fn spool(&mut self) -> io::Result<()> {
+        let mut file = tempfile::tempfile()?;
+        // What was read already is a hole in it, so that offsets are what they were.
+        file.seek(SeekFrom::Start(self.offset))?;
+        io::copy(&mut self.input, &mut file)?;
+        self.input = Box::new(BufReader::new(file));
+        Ok(())
     }
 }
 

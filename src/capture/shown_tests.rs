@@ -247,6 +247,58 @@ fn a_file_without_native_frames_says_so_to_who_wants_only_them() {
     assert!(matches!(refused, CaptureError::NoNative { .. }) && refused.hint().is_some());
 }
 
+/// Can be read once, as a pipe.
+struct Pipe(Cursor<Vec<u8>>);
+
+impl std::io::Read for Pipe {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        self.0.read(buf)
+    }
+}
+
+impl std::io::Seek for Pipe {
+    fn seek(&mut self, _: std::io::SeekFrom) -> std::io::Result<u64> {
+        Err(std::io::ErrorKind::NotSeekable.into())
+    }
+}
+
+#[test]
+fn what_comes_through_a_pipe_has_its_names_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("c.heaptap");
+    write(&path, &[vec![Plain::Native(Some(0), 2), Plain::Python(1)]], 1, true);
+    let pipe = Pipe(Cursor::new(std::fs::read(&path).unwrap()));
+    let mut reader = CaptureReader::from_input("pipe", Box::new(pipe)).unwrap();
+    assert!(reader.by_ref().all(|record| record.is_ok()) && reader.trailer().is_some());
+    let functions: Vec<_> = text(reader.stacks(), StackId(4)).into_iter().map(|frame| frame.0).collect();
+    assert_eq!(functions, ["inner", "middle", "g", "f"]);
+}
+
+#[test]
+fn damaged_symbols_are_told_of_and_cost_names_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("c.heaptap");
+    write(&path, &[vec![Plain::Native(Some(0), 1), Plain::Python(1)]], 1, true);
+    let bytes = std::fs::read(&path).unwrap();
+    let (at, len) = chunks(&bytes).into_iter().find(|(at, _)| bytes[*at] == kind::SYMBOLS).unwrap();
+    let mut sealed = Vec::new();
+    crate::capture::chunk::seal(kind::SYMBOLS, &[0, 1, 1, 2, 1, 9], &mut sealed);
+    let mut flipped = bytes[at..at + len].to_vec();
+    flipped[len - 1] ^= 1;
+    for damaged in [sealed, flipped] {
+        let other = [&bytes[..at], &damaged, &bytes[at + len..]].concat();
+        let mut reader = CaptureReader::from_input("test", Box::new(Cursor::new(other))).unwrap();
+        let stacks = reader.by_ref().filter_map(|record| match record.unwrap() {
+            Record::Allocation(event) => Some(event.stack),
+            _ => None,
+        });
+        let stacks: Vec<StackId> = stacks.collect();
+        assert!((reader.damage().chunks, reader.trailer().is_some()) == (1, true), "{:?}", reader.damage());
+        assert_eq!(reader.damage().first.as_ref().unwrap().offset, at as u64);
+        assert_eq!(text(reader.stacks(), stacks[0])[0].0, "0x1 in libfast.so.1");
+    }
+}
+
 #[test]
 fn native_frames_in_a_file_that_says_it_has_none_are_not_believed() {
     let folder = tempfile::tempdir().unwrap();
