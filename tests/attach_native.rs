@@ -4,8 +4,11 @@
 mod common;
 mod support;
 
-use common::heaptap::Recording;
-use common::{Python, Snapshot, environment, for_each_python, missing, skipped};
+use common::dump::Dump;
+use common::heaptap::{Recording, detach_in_the_end};
+use common::snapshot::assert_left_no_trace;
+use common::truth::Truth;
+use common::{Python, Snapshot, Target, environment, for_each_kind, for_each_python, missing, skipped};
 use heaptap::capture::{CaptureReader, FrameKind, FrameView, Record};
 use heaptap::image::modules;
 use heaptap::inferior::maps;
@@ -208,8 +211,10 @@ fn libraries_that_come_and_go_are_followed() {
         |python: &Python| python.name.starts_with("pyenv-3.11") || python.name.starts_with("pyenv-3.13");
     for_each_python(some, |python| {
         let folder = tempfile::tempdir().unwrap();
-        let cpp = common::native::allocates(folder.path());
-        let deeper = common::native::compile("cc", "allocates_deeper.c", folder.path());
+        let other = folder.path().join("other");
+        std::fs::create_dir(&other).unwrap();
+        let shallow = common::native::compile_with("cc", &["-O2", "-DSHALLOW"], "allocates_below.c", &other);
+        let deeper = common::native::compile("cc", "allocates_below.c", folder.path());
         let mut program = Program::start(python, "loads_later.py");
         program.line();
         let pid = program.pid();
@@ -222,7 +227,7 @@ fn libraries_that_come_and_go_are_followed() {
         let mut places = Vec::new();
         let mut sizes = Vec::new();
         for round in 0..6 {
-            let library = if round % 2 == 0 { &cpp } else { &deeper };
+            let library = if round % 2 == 0 { &shallow } else { &deeper };
             say(&format!("load {}", library.display()));
             let mapped = maps::mappings(pid).unwrap();
             let is_it = |map: &&heaptap::mapping::Mapping| {
@@ -249,7 +254,7 @@ fn libraries_that_come_and_go_are_followed() {
         let (mut whole, mut cut) = (0, 0);
         for (round, size) in sizes {
             let expected: &[&str] = match round % 2 {
-                0 => &["allocate_and_call"],
+                0 => &["innermost", "allocate_and_call"],
                 _ => &["innermost", "between", "allocate_and_call"],
             };
             for stack in named(&capture.path, size) {
@@ -271,4 +276,91 @@ fn libraries_that_come_and_go_are_followed() {
         println!("{python}: {whole} stacks whole, {cut} cut short");
         assert!(whole >= 6 * 3 * 2, "{whole} whole, {cut} cut");
     });
+}
+
+/// With native frames recorded, what Python's frames say is what they say without: on every interpreter, by both kinds of breakpoint.
+#[test]
+fn pythons_frames_are_what_they_are_without_native_ones() {
+    for_each_kind(Python::records_promised, |python, kind| {
+        for program in ["call_shapes.py", "threads.py"] {
+            let mut target = Target::start(python, program);
+            let before = Snapshot::take(target.pid());
+            let recording = Recording::attach(&target, &kind.with(&["--native"]));
+            let truth = Truth::from_json(target.go());
+            let capture = recording.stop();
+            capture.assert_code(0);
+            assert_left_no_trace(&before, &mut target);
+            let mut dump = Dump::parse(&capture.report("dump", &["--json", "--only", "python"]));
+            // Where the native frames are cut short is told among them.
+            dump.allocations
+                .iter_mut()
+                .for_each(|allocation| allocation.stack.retain(|frame| !frame.file.is_empty()));
+            truth.assert_matches(&dump);
+            assert!(target.exit().success(), "{program} does not end well after the detach");
+        }
+    });
+}
+
+/// The recorder is killed: what it left is found and removed, the native code's tables among it.
+#[test]
+fn what_a_killed_recorder_leaves_is_removed() {
+    let some =
+        |python: &Python| python.name.starts_with("pyenv-3.11") || python.name.starts_with("pyenv-3.13");
+    for_each_python(some, |python| {
+        let mut target = Target::start(python, "large_objects.py");
+        let before = Snapshot::take(target.pid());
+        Recording::attach(&target, &["--exact", "--native"]).kill();
+        target.go();
+        detach_in_the_end(target.pid());
+        assert_left_no_trace(&before, &mut target);
+    });
+}
+
+/// Calls `function` of a library, compiled so, while everything is recorded: the names of the frames of the largest allocation.
+fn called(flags: &[&str], function: &str) -> Vec<String> {
+    let folder = tempfile::tempdir().unwrap();
+    let library = common::native::compile_with("cc", flags, "allocates_below.c", folder.path());
+    let python = common::pythons().iter().find(|python| python.name.starts_with("pyenv-3.11"));
+    let Some(python) = python.or(common::pythons().first()) else { return Vec::new() };
+    let mut program = Program::start(python, "loads_later.py");
+    program.line();
+    let say = |program: &mut Program, line: &str| {
+        program.say(line);
+        program.line();
+    };
+    say(&mut program, &format!("load {}", library.display()));
+    let before = Snapshot::take(program.pid());
+    let recording = Recording::try_attach(program.pid(), &["--exact", "--native"]).unwrap();
+    say(&mut program, &format!("{function} {}", 2 << 20));
+    let capture = recording.stop();
+    capture.assert_code(0);
+    assert_eq!(before.differences(program.pid()), Vec::<String>::new(), "a trace was left");
+    named(&capture.path, 2 << 20).pop().expect("it is recorded")
+}
+
+/// A stack in memory of the program's own, as coroutines have them: nothing is known of it, and every word on it is tried.
+#[test]
+fn a_stack_of_the_programs_own_is_walked() {
+    let frames = called(&["-O1"], "apart");
+    let at =
+        frames.iter().position(|name| name == "on_its_own_stack").unwrap_or_else(|| panic!("{frames:?}"));
+    assert_eq!(
+        frames[at - 3..=at],
+        ["innermost", "between", "allocate_and_call", "on_its_own_stack"],
+        "{frames:?}"
+    );
+}
+
+#[test]
+fn without_unwind_data_callers_are_guessed_and_that_is_told() {
+    let none =
+        ["-O1", "-g0", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables", "-fcf-protection=none"];
+    let pointers = called(&[&none[..], &["-fno-omit-frame-pointer"]].concat(), "call");
+    let at = pointers.iter().position(|name| name == "innermost").unwrap_or_else(|| panic!("{pointers:?}"));
+    let expected = ["innermost", "<callers from here on are guessed>", "between", "allocate_and_call"];
+    assert_eq!(pointers[at..at + 4], expected, "{pointers:?}");
+    // Nothing to go by: whatever is found, it is told that it is guessed, and the target lives.
+    let nothing = called(&[&none[..], &["-fomit-frame-pointer"]].concat(), "call");
+    let is_told = |name: &String| name.contains("guessed") || name.contains("truncated");
+    assert!(nothing.iter().any(is_told), "{nothing:?}");
 }

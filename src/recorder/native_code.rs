@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 
 /// Stands for the callers of a frame whose code does not tell who they are.
 pub const CUT: &str = "<truncated here>";
+/// Stands before callers that are found by a frame pointer that need not have been one.
+pub const GUESSED: &str = "<callers from here on are guessed>";
 /// In place of a directory: what is mapped now.
 pub const NOW: u64 = 0;
 /// How often the mappings are read for an address that lies in none.
@@ -199,9 +201,13 @@ impl NativeCode {
         for (number, at) in native.iter().map(|at| RemoteAddr(*at)).enumerate() {
             // Where no code is, none was called from: the frame before it was no frame either, but that was seen to be code.
             let Some(id) = self.frame(at, directory, (guessed, number == 0), writer)? else { break };
-            guessed |= self.is_guessed(directory, at);
             ids.push(id);
             is_loop.push(self.eyes.is_loop(at));
+            if !guessed && self.is_guessed(directory, at) {
+                guessed = true;
+                ids.push(writer.intern_frame(GUESSED, "", 0)?);
+                is_loop.push(false);
+            }
         }
         let marker = match end {
             NativeEnd::Whole => None,
