@@ -14,6 +14,7 @@ const MAX_IMAGE: u64 = 64 << 10;
 fn main() {
     println!("cargo::rerun-if-changed=src/agent");
     println!("cargo::rerun-if-changed=src/agent_abi.rs");
+    println!("cargo::rerun-if-changed=src/agent_abi");
     println!("cargo::rerun-if-changed=src/unwind_abi.rs");
     println!("cargo::rerun-if-changed=build.rs");
     let target = env::var("TARGET").unwrap_or_default();

@@ -260,11 +260,14 @@ impl Console {
             bar.set_style(style);
         }
         let line_due = (!quiet && !terminal).then(|| Instant::now() + LINE_EVERY);
-        let how = match &options.jump {
+        let mut how = match &options.jump {
             None => "trap breakpoints".into(),
             Some(jump) if jump.exact => "jump breakpoints, every event".into(),
             Some(jump) => format!("jump breakpoints, one sample in {}", bytes(jump.sample)),
         };
+        if options.native {
+            how.push_str(", native stacks");
+        }
         let target = printable(&options.output.to_string_lossy()).into_owned();
         Self { bar, line_due, how, target, pid: options.pid }
     }
@@ -342,6 +345,10 @@ fn print_summary(summary: &Summary, options: &RecordOptions, out: &mut dyn Write
     )?;
     if let Some((taken, kept)) = summary.snapshots {
         writeln!(out, "  {}, {} of them kept", counted(u64::from(taken), "snapshot"), count(kept as u64))?;
+    }
+    if options.native {
+        let (stacks, cut) = (counted(c.native_stacks, "native stack"), count(c.native_cut));
+        writeln!(out, "  {stacks}, {cut} of them cut short")?;
     }
     // 0 is what nobody could measure.
     let extra = match c.target_extra_bytes {

@@ -11,6 +11,7 @@
 
 pub mod agent_facts;
 pub mod agent_image;
+mod agent_state;
 pub mod calls;
 pub mod detour;
 pub mod error;

@@ -4,6 +4,7 @@ use nix::sys::signal::Signal;
 use std::os::unix::process::ExitStatusExt;
 
 use super::{a_few, is_root};
+use crate::common::dump::Dump;
 use crate::common::snapshot::assert_left_no_trace;
 use crate::common::truth::Truth;
 use crate::common::{Kind, Python, Recording, Snapshot, Target, for_each_kind, skipped};
@@ -82,6 +83,30 @@ fn a_confined_target_survives_the_death_of_heaptap() {
         target.ping();
         let output = super::detach(&target);
         assert!(output.status.success(), "{}", super::said(&output));
+        assert_left_no_trace(&before, &mut target);
+    });
+}
+
+/// In the target native stacks take a system call that a filter may forbid; from outside they don't.
+#[test]
+fn native_stacks_of_a_filtered_process_are_walked_from_outside() {
+    if !is_root("resting a seccomp filter") {
+        return;
+    }
+    for_each_kind(a_few, |python, kind| {
+        let mut target = Target::builder(python, "restricted.py").arg("errno").start();
+        let before = Snapshot::take(target.pid());
+        match (kind, Recording::try_attach(target.pid(), &kind.with(&["--native"]))) {
+            (Kind::Jump, Err(said)) => super::assert_refused(&said, &["seccomp", "--breakpoints trap"]),
+            (Kind::Jump, Ok(_)) => panic!("recorded"),
+            (Kind::Trap, Ok(recording)) => {
+                let truth = Truth::from_json(target.go());
+                let capture = recording.stop();
+                let dump = capture.assert_code(0).report("dump", &["--json", "--only", "python"]);
+                truth.assert_matches(&Dump::parse(&dump));
+            }
+            (Kind::Trap, Err(said)) => skipped(&format!("a target under seccomp: {said}")),
+        }
         assert_left_no_trace(&before, &mut target);
     });
 }
