@@ -195,13 +195,17 @@ pub struct LastFrame {
     pub flags: u32,
 }
 
-/// A part of a stack that is readable as long as its thread lives: none of it is empty.
+/// What is known of the memory that a thread's stack lies in.
 #[repr(C)]
 pub struct StackBounds {
-    /// First byte.
+    /// First byte of the part of its own stack that is readable as long as it lives.
     pub low: u64,
-    /// One past the last.
+    /// One past the last; 0: no such part is known.
     pub high: u64,
+    /// A stack pointer from here on…
+    pub apart_from: u64,
+    /// … to here is on no such part: between it and the end of the thread's own stack lies what can't be read.
+    pub apart_to: u64,
 }
 
 /// The code of a process by ascending address: this, and [`CodeRange`]s behind it. The controller writes a new one for whatever changes,

@@ -254,6 +254,7 @@ fn record_exit(error: &RecordError) -> Exit {
         | RecordError::Allocators(_)
         | RecordError::CodeDealloc(_)
         | RecordError::NotRecordable { .. }
+        | RecordError::NativeFiltered { .. }
         | RecordError::NoRoom { .. }
         | RecordError::Probe(_) => Exit::Refused,
     }
@@ -288,6 +289,9 @@ fn record_hint(error: &RecordError) -> Option<String> {
         RecordError::Allocators(_) => Some("record without --python-allocators".into()),
         RecordError::Panicked { .. } => Some("please report it, with what you did".into()),
         RecordError::CodeDealloc(_) => Some("record it with --breakpoints trap, which is much slower".into()),
+        RecordError::NativeFiltered { .. } => {
+            Some("record it without --native, or with --breakpoints trap, which walks from outside and is much slower".into())
+        }
         RecordError::NotRecordable { .. }
         | RecordError::Trace(_)
         | RecordError::Ring(_)

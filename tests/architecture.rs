@@ -21,7 +21,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("cpython", &["memory", "addr"]),
         // The one place that knows both layers: an ELF file as CPython's layer wants to see it.
         ("python_binary", &["image", "cpython", "memory", "addr"]),
-        ("probe", &["inferior", "image", "cpython", "agent_abi", "mapping", "memory", "addr"]),
+        ("probe", &["inferior", "image", "unwind_abi", "cpython", "agent_abi", "mapping", "memory", "addr"]),
         (
             "recorder",
             &[

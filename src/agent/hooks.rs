@@ -67,6 +67,7 @@ pub unsafe fn begin_call(state: *mut State, rsp: u64, mapping: bool) -> *mut Slo
         (*slot).in_agent = 0;
         let bounds = (&raw mut (*state).stack_bounds).cast::<StackBounds>().add((*slot).number as usize - 1);
         (*bounds).high = 0;
+        (*bounds).apart_to = 0;
     }
     if (*slot).in_agent != 0 && !thrown_out(state, slot, rsp) {
         AtomicU64::from_ptr(&raw mut (*state).in_agent).fetch_add(1, Ordering::Relaxed);

@@ -118,7 +118,7 @@ unsafe fn is_same(known: *const LastFrame, frame: &Registers) -> bool {
 unsafe fn first_changed(frames: *const LastFrame, from: usize, stack: &Readable) -> usize {
     // What is read lies between the stack pointers of the first and the last: they ascend.
     let outermost = frames;
-    if (*outermost).flags & LAST == 0 || (*outermost).sp.wrapping_sub(stack.low) > stack.len {
+    if (*outermost).flags & LAST == 0 || (*outermost).sp.wrapping_sub(stack.low) >= stack.len {
         return 0;
     }
     let mut i = from;

@@ -168,11 +168,12 @@ impl Readable {
     #[inline(always)]
     pub(crate) unsafe fn of(state: *mut State, slot: *mut Slot, sp: u64) -> Self {
         let bounds = (&raw mut (*state).stack_bounds).cast::<StackBounds>().add((*slot).number as usize - 1);
-        if sp < (*bounds).low || sp >= (*bounds).high {
-            learn(state, slot, bounds, sp);
+        let mut is_own = sp >= (*bounds).low && sp < (*bounds).high;
+        if !is_own && (sp < (*bounds).apart_from || sp >= (*bounds).apart_to) {
+            is_own = learn(state, slot, bounds, sp);
         }
         let (low, high) = ((*bounds).low, (*bounds).high);
-        let len = if high == 0 { 0 } else { high - low - 7 };
+        let len = if is_own { high - low - 7 } else { 0 };
         Self { state, low, len, page: u64::MAX, tried: 0 }
     }
 
@@ -199,10 +200,11 @@ impl Readable {
     }
 }
 
-/// The stack has never been known so deep: tries the pages from `sp` up to those that are known, or to its end.
+/// The stack has never been known so deep: tries the pages from `sp` up to those that are known, or to its end. Whether all of them can
+/// be read: otherwise `sp` is on another stack.
 #[cold]
 #[inline(never)]
-unsafe fn learn(state: *mut State, slot: *mut Slot, bounds: *mut StackBounds, sp: u64) {
+unsafe fn learn(state: *mut State, slot: *mut Slot, bounds: *mut StackBounds, sp: u64) -> bool {
     let (block, end) = ((*slot).key, (*state).stack_end);
     let high = if sp < block && block - sp < MOST_OF_A_THREAD {
         block
@@ -219,7 +221,13 @@ unsafe fn learn(state: *mut State, slot: *mut Slot, bounds: *mut StackBounds, sp
         page += PAGE;
         left -= 1;
     }
-    let is_known = high != 0 && page >= known;
-    (*bounds).low = if is_known { low } else { 0 };
-    (*bounds).high = if is_known { high } else { 0 };
+    let is_own = high != 0 && page >= known;
+    if is_own {
+        (*bounds).low = low;
+        (*bounds).high = high;
+    } else {
+        (*bounds).apart_from = low;
+        (*bounds).apart_to = page + PAGE;
+    }
+    is_own
 }

@@ -70,7 +70,7 @@ pub struct AttachArgs {
     #[arg(long)]
     pub native: bool,
     /// Write the names of native frames into the capture at the end, so that reports need no binaries
-    #[arg(long, value_name = "BOOL", default_value_t = true, num_args = 0..=1, default_missing_value = "true")]
+    #[arg(long, value_name = "BOOL", default_value_t = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[arg(action = clap::ArgAction::Set)]
     pub bundle_symbols: bool,
     /// Record every allocation and free, not a sample

@@ -77,6 +77,15 @@ pub enum RecordError {
         /// Why not.
         why: String,
     },
+    /// Its system calls are filtered, and the agent needs one for native stacks.
+    #[error(
+        "native stacks of process {pid} can't be walked in it: its system calls are filtered (seccomp), and one is needed to tell which memory can \
+         be read"
+    )]
+    NativeFiltered {
+        /// The process.
+        pid: i32,
+    },
     /// Its control group has not enough memory left for what recording adds.
     #[error(
         "recording would add up to {} to process {pid}{}, and its control group {} has {} left (of {}, {} in use): the \

@@ -137,12 +137,7 @@ fn native_code(options: &RecordOptions, examined: &Examined) -> Result<Option<Na
         return Ok(None);
     }
     if options.jump.is_some() && examined.seccomp {
-        return Err(RecordError::NotRecordable {
-            pid: options.pid,
-            why: "its system calls are filtered (seccomp), and in it native stacks can't be walked without one that tells which \
-                  memory is readable; `--breakpoints trap` walks them from outside"
-                .into(),
-        });
+        return Err(RecordError::NativeFiltered { pid: options.pid });
     }
     NativeCode::open(options.pid, &examined.python.binary).map(Some)
 }
