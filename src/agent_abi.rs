@@ -169,7 +169,7 @@ pub const LAST_FRAMES: usize = 1000;
 /// The native stack that the thread of a ring told last: most of it is still there at its next event. Zero is none.
 #[repr(C)]
 pub struct LastStack {
-    /// The [`Directory`] by which it was walked.
+    /// Number of the [`Directory`] by which it was walked.
     pub directory: u64,
     /// Frames of it.
     pub count: u64,
@@ -214,6 +214,8 @@ pub struct StackBounds {
 pub struct Directory {
     /// Ranges.
     pub count: u64,
+    /// Which of all there ever were, from 1 on.
+    pub number: u64,
 }
 
 /// A range of code, all of one file.
@@ -390,7 +392,7 @@ pub mod record {
     /// [`super::part`]. `total` is the whole part's length in bytes.
     pub const CODE: u8 = 9;
     /// `[_, hash, count, directory, address × count]`: the native frames that belong to a stack, told before its STACK, innermost first:
-    /// addresses within the instructions that they execute, in the code of that [`super::Directory`]. The count's bit 63: the last one's code does not tell who called it; bit 62:
+    /// addresses within the instructions that they execute, in the code of the [`super::Directory`] with that number. The count's bit 63: the last one's code does not tell who called it; bit 62:
     /// more frames were left out.
     pub const NATIVE: u8 = 12;
     /// `[_, tid]`: the records that follow in this ring are this thread's.

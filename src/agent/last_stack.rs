@@ -36,8 +36,8 @@ pub unsafe fn hash(
         return None;
     }
     let last = ((*state).last_stacks as *mut LastStack).add((*slot).ring as usize - 1);
-    if (*last).directory != directory as u64 {
-        (*last).directory = directory as u64;
+    if (*last).directory != (*directory).number {
+        (*last).directory = (*directory).number;
         (*last).count = 0;
     }
     let frames = (&raw mut (*last).frames).cast::<LastFrame>();

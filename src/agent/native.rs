@@ -37,12 +37,13 @@ const FACTOR: u64 = 0x24a1_9947_b391_6cf7;
 pub unsafe fn hash(state: *mut State, slot: *mut Slot, call: *const Call) -> u64 {
     // Where other code is mapped, the same addresses are another stack.
     let directory = directory(state);
+    let number = (*directory).number.wrapping_mul(FACTOR);
     let hash = match last_stack::hash(state, slot, call, directory) {
-        Some(hash) => hash ^ directory as u64,
+        Some(hash) => hash ^ number,
         None => {
             let mut hash = SEED;
             let end = walk(state, slot, call, directory, |at| hash = fold(hash ^ at, FACTOR));
-            hash ^ end ^ directory as u64
+            hash ^ end ^ number
         }
     };
     if hash == 0 { 1 } else { hash }

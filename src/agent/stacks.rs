@@ -61,7 +61,7 @@ unsafe fn tell(
     if !call.is_null() {
         let directory = native::directory(state);
         let (count, end) = native::frames(state, slot, call, directory, frames);
-        let head = [hash, count as u64 | end, directory as u64, 0];
+        let head = [hash, count as u64 | end, (*directory).number, 0];
         if !ring.push_bytes(record::NATIVE, &head, 3, frames.cast(), count * 8) {
             return false;
         }

@@ -1,18 +1,18 @@
 //! [`Debuginfod`]: debugging information by build id from HTTP servers (`debuginfod(8)`), and the cache that all its clients share.
 //!
 //! Nobody is asked unless `DEBUGINFOD_URLS` says whom. A server that can't be reached is asked once; what comes is used only if it has the
-//! build id that was asked for. Knows no symbols.
+//! build id that was asked for. `curl` does the asking: a program that runs as root has no need of TLS of its own. Knows no symbols.
 
 use crate::image::elf::ElfFile;
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fs::{self, File, Permissions};
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
-use ureq::Agent;
-use ureq::tls::{RootCerts, TlsConfig};
+use tempfile::NamedTempFile;
 
 /// How long a server may take, where `DEBUGINFOD_TIMEOUT` does not say.
 const TIMEOUT: Duration = Duration::from_secs(90);
@@ -25,7 +25,7 @@ const MOST_BYTES: u64 = 4 << 30;
 pub(super) struct Debuginfod {
     urls: Vec<String>,
     cache: PathBuf,
-    agent: Agent,
+    timeout: Option<Duration>,
     /// Those that could not be reached.
     down: RefCell<HashSet<String>>,
 }
@@ -59,16 +59,7 @@ impl Debuginfod {
         let is_url = |word: &&str| word.starts_with("http://") || word.starts_with("https://");
         let urls: Vec<String> =
             urls.split_whitespace().filter(is_url).map(|url| url.trim_end_matches('/').to_owned()).collect();
-        let tls = TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build();
-        let config = Agent::config_builder()
-            .timeout_connect(timeout)
-            .timeout_recv_response(timeout)
-            .timeout_recv_body(timeout)
-            .user_agent(concat!("heaptap/", env!("CARGO_PKG_VERSION")))
-            .tls_config(tls)
-            .build();
-        let (agent, down) = (config.new_agent(), RefCell::default());
-        (!urls.is_empty()).then_some(Self { urls, cache, agent, down })
+        (!urls.is_empty()).then_some(Self { urls, cache, timeout, down: RefCell::default() })
     }
 
     /// The file with the debugging information of a build id.
@@ -107,17 +98,37 @@ impl Debuginfod {
     fn ask(&self, url: &str, build_id: &str, folder: &Path) -> Result<Option<ElfFile>, String> {
         tracing::info!("asking {url} for the debugging information of {build_id}");
         let base = if url.ends_with("/buildid") { url.to_owned() } else { format!("{url}/buildid") };
-        let mut response = match self.agent.get(format!("{base}/{build_id}/debuginfo")).call() {
-            Ok(response) => response,
-            Err(ureq::Error::StatusCode(404)) => return Ok(None),
-            Err(ureq::Error::StatusCode(status)) => return Err(format!("it said {status}")),
-            Err(error) => {
+        let file = new_file(&self.cache).map_err(|error| error.to_string())?;
+        let mut curl = Command::new("curl");
+        // First: its own settings are another program's.
+        curl.arg("-q").args(["--silent", "--show-error", "--location", "--proto", "=http,https"]);
+        curl.args([
+            "--user-agent",
+            concat!("heaptap/", env!("CARGO_PKG_VERSION")),
+            "--write-out",
+            "%{http_code}",
+        ]);
+        curl.args(["--max-filesize", &MOST_BYTES.to_string(), "--output"]).arg(file.path());
+        if let Some(timeout) = self.timeout.map(|timeout| timeout.as_secs().max(1).to_string()) {
+            // Nothing for so long is too long, however long the whole takes.
+            curl.args(["--connect-timeout", &timeout, "--speed-limit", "1", "--speed-time", &timeout]);
+        }
+        let said = curl.arg("--").arg(format!("{base}/{build_id}/debuginfo")).output();
+        let said = said.map_err(|error| format!("curl, which asks, cannot be run: {error}"))?;
+        let status = String::from_utf8_lossy(&said.stdout);
+        match (said.status.success(), status.trim()) {
+            (true, "200") => {}
+            (true, "404") => return Ok(None),
+            (true, status) => return Err(format!("it said {status}")),
+            (false, _) => {
                 self.down.borrow_mut().insert(url.to_owned());
-                return Err(format!("{error}; it is not asked again"));
+                let why = String::from_utf8_lossy(&said.stderr);
+                return Err(format!("{}; it is not asked again", why.trim()));
             }
-        };
-        let body = response.body_mut().as_reader();
-        let path = store(body, folder).map_err(|error| error.to_string())?;
+        }
+        let path = folder.join("debuginfo");
+        let kept = fs::create_dir_all(folder).and_then(|()| Ok(file.persist(&path)?));
+        kept.map_err(|error| error.to_string())?;
         let file = with_build_id(&path, build_id);
         if file.is_none() {
             let _ = fs::remove_file(path);
@@ -127,17 +138,10 @@ impl Debuginfod {
     }
 }
 
-/// Puts a whole file into the cache, or nothing.
-fn store(mut body: impl Read, folder: &Path) -> io::Result<PathBuf> {
+/// A file in the cache that is gone unless it is kept.
+fn new_file(folder: &Path) -> io::Result<NamedTempFile> {
     fs::create_dir_all(folder)?;
-    let mut file = tempfile::Builder::new().prefix("debuginfo.").tempfile_in(folder)?;
-    let taken = io::copy(&mut body.by_ref().take(MOST_BYTES), file.as_file_mut())?;
-    if taken == MOST_BYTES {
-        return Err(io::Error::other("it is too large"));
-    }
-    let path = folder.join("debuginfo");
-    file.persist(&path)?;
-    Ok(path)
+    tempfile::Builder::new().prefix("debuginfo.").tempfile_in(folder)
 }
 
 fn with_build_id(path: &Path, build_id: &str) -> Option<ElfFile> {

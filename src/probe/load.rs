@@ -298,11 +298,14 @@ impl Loader<'_> {
         let Some(native) = &settings.native else { return Ok(None) };
         let base = state.offset(abi::NATIVE_AT as u64 + last_stacks_len(settings));
         let mut area = NativeArea::new(base, native.area_len);
-        let (writes, directory) = area.publish(&native.code)?;
-        for (at, bytes) in writes {
+        let Some(published) = area.publish(&native.code, || true) else { return Ok(None) };
+        if let Some(full) = published.left_out {
+            return Err(full.into());
+        }
+        for (at, bytes) in published.writes {
             self.inferior.write(at, &bytes)?;
         }
-        Ok(Some((area, directory)))
+        Ok(Some((area, published.directory)))
     }
 
     /// Private memory whose place was noted before it was mapped: a heaptap that is killed in between leaves nothing that can't be

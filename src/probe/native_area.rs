@@ -1,7 +1,8 @@
 //! [`NativeArea`]: the code of a process and its unwind rows, laid out for the agent ([`Directory`]) in the memory behind its state.
 //!
-//! Says what is to be written where; whoever has the process's memory writes it. Nothing that was written is written over: a thread may be
-//! reading it. So what is no longer mapped stays until the end, and is used again should the same file come back.
+//! Says what is to be written where; whoever has the process's memory writes it. Nothing is written over that a thread may be reading: rows
+//! stay until the end (and are used again should their file come back), and directories lie in two places by turns, of which the
+//! older one is used anew when no thread is in the agent.
 
 use crate::addr::{Bias, RemoteAddr};
 use crate::agent_abi::{BLOCK, CodeRange, Directory};
@@ -9,6 +10,11 @@ use crate::image::UnwindRows;
 use crate::unwind_abi::Rule;
 use std::collections::HashMap;
 use std::sync::Arc;
+
+/// Bytes of each of the two places for directories: some 4,600 ranges.
+const DIRECTORIES: u64 = 256 << 10;
+/// Room for the rows of files that are mapped later; or as much again as the first ones take.
+const TO_COME: u64 = 8 << 20;
 
 /// Code of one file where it is mapped.
 #[derive(Debug, Clone)]
@@ -25,7 +31,7 @@ pub struct MappedCode {
 
 /// There is no room for what a process has mapped since recording began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{needed} bytes of unwind rows are needed and {left} are left")]
+#[error("{needed} bytes are needed for unwind data and {left} are left")]
 pub struct Full {
     /// Bytes needed.
     pub needed: u64,
@@ -36,6 +42,19 @@ pub struct Full {
 /// Bytes, and where they belong.
 pub type Write = (RemoteAddr, Vec<u8>);
 
+/// What is to be written for some code to be known.
+#[derive(Debug)]
+pub struct Published {
+    /// In this order.
+    pub writes: Vec<Write>,
+    /// Where the directory then is that names all of it.
+    pub directory: RemoteAddr,
+    /// Its number.
+    pub number: u64,
+    /// Some of it had no room, and is not known.
+    pub left_out: Option<Full>,
+}
+
 /// Where a file's rows lie.
 #[derive(Debug, Clone, Copy)]
 struct Placed {
@@ -45,53 +64,104 @@ struct Placed {
     blocks: u32,
 }
 
+#[derive(Debug)]
+struct Space {
+    next: u64,
+    end: u64,
+}
+
+impl Space {
+    fn take(&mut self, needed: u64) -> Result<u64, Full> {
+        let (at, left) = (self.next, self.end - self.next);
+        if needed.next_multiple_of(64) > left {
+            return Err(Full { needed, left });
+        }
+        self.next += needed.next_multiple_of(64);
+        Ok(at)
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct NativeArea {
-    next: u64,
-    end: u64,
+    base: u64,
+    directories: Space,
+    /// Directories go to the second of their places.
+    second: bool,
+    /// Number of the latest.
+    number: u64,
+    rows: Space,
     /// By the address of the rows, which are kept beside it.
     placed: HashMap<usize, (Placed, Arc<UnwindRows>)>,
 }
 
 impl NativeArea {
-    /// An empty area of `len` bytes.
+    /// An empty area of `len` bytes, [`NativeArea::len_for`] of what comes first.
     pub fn new(base: RemoteAddr, len: u64) -> Self {
-        Self { next: base.0, end: base.0 + len, placed: HashMap::new() }
+        let rows = base.0 + 2 * DIRECTORIES;
+        Self {
+            base: base.0,
+            directories: Space { next: base.0, end: base.0 + DIRECTORIES },
+            second: false,
+            number: 0,
+            rows: Space { next: rows, end: (base.0 + len).max(rows) },
+            placed: HashMap::new(),
+        }
     }
 
-    /// Bytes that this code takes in an empty area.
+    /// Number of the directory that was published last.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Bytes of an area for this code, and for what may be mapped later. What is not used is never touched.
+    pub fn len_for(code: &[MappedCode]) -> u64 {
+        let rows = Self::needed(code);
+        2 * DIRECTORIES + rows + rows.max(TO_COME)
+    }
+
+    /// Bytes that this code takes.
     pub fn needed(code: &[MappedCode]) -> u64 {
         let mut area = Self::new(RemoteAddr(4096), u64::MAX / 2);
-        let from = area.next;
-        area.publish(code).map_or(0, |_| area.next - from)
+        let (rows, directories) = (area.rows.next, area.directories.next);
+        area.publish(code, || true);
+        area.rows.next - rows + area.directories.next - directories
     }
 
-    /// What is to be written for this code to be known, and where the directory then is that names all of it.
-    pub fn publish(&mut self, code: &[MappedCode]) -> Result<(Vec<Write>, RemoteAddr), Full> {
-        let mut writes = Vec::new();
-        let mut ranges = Vec::new();
+    /// What is to be written for this code to be known, and no other. `None`: not now, there is no place for a directory before
+    /// `is_quiet` (no thread is in the agent).
+    pub fn publish(&mut self, code: &[MappedCode], is_quiet: impl FnOnce() -> bool) -> Option<Published> {
+        let count: usize = code.iter().map(|code| code.ranges.len()).sum();
+        let most = (DIRECTORIES as usize - size_of::<Directory>()) / size_of::<CodeRange>();
+        let len = (size_of::<Directory>() + count.min(most) * size_of::<CodeRange>()) as u64;
+        let directory = match self.directories.take(len) {
+            Ok(at) => at,
+            Err(_) if is_quiet() => {
+                self.second = !self.second;
+                let from = self.base + if self.second { DIRECTORIES } else { 0 };
+                self.directories = Space { next: from, end: from + DIRECTORIES };
+                self.directories.take(len).ok()?
+            }
+            Err(_) => return None,
+        };
+        let (mut writes, mut ranges, mut left_out) = (Vec::new(), Vec::new(), None);
         for code in code {
-            let placed = self.place(&code.rows, &mut writes)?;
-            ranges.extend(code.ranges.iter().map(|(start, end)| CodeRange {
-                start: start.0,
-                end: end.0,
-                bias: code.bias.0,
-                rows: placed.rows,
-                index: placed.index,
-                first: placed.first,
-                blocks: placed.blocks,
-                rule: code.rule.0,
-                reserved: 0,
-            }));
+            match self.place(&code.rows, &mut writes) {
+                Ok(placed) => ranges.extend(code.ranges.iter().map(|range| range_of(code, *range, placed))),
+                Err(full) => left_out = Some(full),
+            }
         }
         ranges.sort_by_key(|range| range.start);
         ranges.dedup_by(|next, before| next.start < before.end);
-        let mut bytes = (ranges.len() as u64).to_le_bytes().to_vec();
-        debug_assert_eq!(bytes.len(), size_of::<Directory>());
+        if ranges.len() > most {
+            left_out = Some(Full { needed: len, left: DIRECTORIES });
+            ranges.truncate(most);
+        }
+        self.number += 1;
+        let mut bytes = [ranges.len() as u64, self.number].map(u64::to_le_bytes).concat();
         ranges.iter().for_each(|range| put(&mut bytes, range));
-        let directory = self.take(bytes, &mut writes)?;
-        Ok((writes, RemoteAddr(directory)))
+        writes.push((RemoteAddr(directory), bytes));
+        Some(Published { writes, directory: RemoteAddr(directory), number: self.number, left_out })
     }
 
     fn place(&mut self, rows: &Arc<UnwindRows>, writes: &mut Vec<Write>) -> Result<Placed, Full> {
@@ -101,24 +171,30 @@ impl NativeArea {
         let mut placed = Placed { rows: 0, index: 0, first: 0, blocks: 0 };
         if let Some((first, _)) = rows.rows().next() {
             let (bytes, index) = packed(rows, first);
+            let index_at = (bytes.len() as u64).next_multiple_of(64);
+            placed.rows = self.rows.take(index_at + 4 * index.len() as u64)?;
+            placed.index = placed.rows + index_at;
             placed.first = first;
             placed.blocks = index.len() as u32 - 1;
-            placed.rows = self.take(bytes, writes)?;
-            placed.index = self.take(index.iter().flat_map(|row| row.to_le_bytes()).collect(), writes)?;
+            writes.push((RemoteAddr(placed.rows), bytes));
+            writes.push((RemoteAddr(placed.index), index.iter().flat_map(|row| row.to_le_bytes()).collect()));
         }
         self.placed.insert(Arc::as_ptr(rows) as usize, (placed, Arc::clone(rows)));
         Ok(placed)
     }
+}
 
-    fn take(&mut self, bytes: Vec<u8>, writes: &mut Vec<Write>) -> Result<u64, Full> {
-        let (needed, left) = (bytes.len() as u64, self.end - self.next);
-        if needed.next_multiple_of(64) > left {
-            return Err(Full { needed, left });
-        }
-        let at = self.next;
-        self.next += needed.next_multiple_of(64);
-        writes.push((RemoteAddr(at), bytes));
-        Ok(at)
+fn range_of(code: &MappedCode, (start, end): (RemoteAddr, RemoteAddr), placed: Placed) -> CodeRange {
+    CodeRange {
+        start: start.0,
+        end: end.0,
+        bias: code.bias.0,
+        rows: placed.rows,
+        index: placed.index,
+        first: placed.first,
+        blocks: placed.blocks,
+        rule: code.rule.0,
+        reserved: 0,
     }
 }
 
@@ -195,23 +271,45 @@ mod tests {
         }
     }
 
+    fn code(rows: &Arc<UnwindRows>, at: u64) -> MappedCode {
+        let ranges = vec![(RemoteAddr(at), RemoteAddr(at + 0x1000))];
+        MappedCode { bias: Bias(at), ranges, rows: Arc::clone(rows), rule: Rule::UNKNOWN }
+    }
+
     #[test]
-    fn what_is_known_is_written_once_and_a_full_area_says_so() {
+    fn rows_are_written_once_and_what_has_no_room_is_left_out() {
         let file = Arc::new(rows(&[0x100, 0x180, 0x900]));
-        let code = |at: u64| MappedCode {
-            bias: Bias(at),
-            ranges: vec![(RemoteAddr(at), RemoteAddr(at + 0x1000))],
-            rows: Arc::clone(&file),
-            rule: Rule::UNKNOWN,
-        };
-        let needed = NativeArea::needed(&[code(0x10_0000)]);
-        let mut area = NativeArea::new(RemoteAddr(0x1000), needed + 128);
-        let (writes, directory) = area.publish(&[code(0x10_0000)]).unwrap();
-        assert_eq!(writes.last().unwrap().0, directory);
+        let mut area = NativeArea::new(RemoteAddr(0x1000), 2 * DIRECTORIES + 128);
+        let first = area.publish(&[code(&file, 0x10_0000)], || true).unwrap();
+        assert_eq!(first.writes.len(), 3);
+        assert_eq!(first.writes.last().unwrap().0, first.directory);
         // The same file twice: a directory alone.
-        let (writes, _) = area.publish(&[code(0x20_0000), code(0x10_0000)]).unwrap();
-        assert_eq!(writes.len(), 1);
-        assert_eq!(&writes[0].1[..16], [2_u64.to_le_bytes(), 0x10_0000_u64.to_le_bytes()].concat());
-        assert!(area.publish(&[code(0x30_0000)]).is_err());
+        let both = area.publish(&[code(&file, 0x20_0000), code(&file, 0x10_0000)], || true).unwrap();
+        assert_eq!((both.writes.len(), both.left_out), (1, None));
+        let begins = |count: u64, number: u64, at: u64| [count, number, at].map(u64::to_le_bytes).concat();
+        assert_eq!(both.writes[0].1[..24], begins(2, 2, 0x10_0000));
+        // Another has no room: what is mapped beside it is known all the same.
+        let other = Arc::new(rows(&[0x100, 0x180, 0x900]));
+        let more = area.publish(&[code(&other, 0x30_0000), code(&file, 0x40_0000)], || true).unwrap();
+        assert_eq!(more.writes[0].1[..24], begins(1, 3, 0x40_0000));
+        assert!(more.left_out.is_some());
+    }
+
+    #[test]
+    fn directories_lie_in_two_places_by_turns() {
+        let file = Arc::new(rows(&[0x100, 0x180]));
+        let code: Vec<MappedCode> = (1..2000).map(|n| code(&file, n << 20)).collect();
+        let base = 0x1000;
+        let mut area = NativeArea::new(RemoteAddr(base), NativeArea::len_for(&code));
+        let mut at =
+            |quiet: bool| area.publish(&code, || quiet).map(|published| published.directory.0 - base);
+        // Two of them have room in one place; the other is used when nobody can be reading there any more.
+        let second = Some(at(false).unwrap() + DIRECTORIES);
+        assert!(at(false).unwrap() < DIRECTORIES);
+        assert_eq!(at(false), None);
+        assert_eq!(at(true), second);
+        assert!(at(false) > second);
+        assert_eq!(at(false), None);
+        assert_eq!(at(true), Some(0));
     }
 }

@@ -138,7 +138,7 @@ pub trait Definitions {
     /// The frames behind a stack's hash, innermost first; `cut`: deeper ones were left out.
     fn stack(&mut self, hash: u64, frames: impl ExactSizeIterator<Item = ToldFrame>, cut: bool);
     /// The native frames of the stack with this hash, innermost first; told before the stack itself.
-    /// `directory`: where the agent had it by which they were found.
+    /// `directory`: the number of the one by which they were found.
     fn native(
         &mut self,
         hash: u64,

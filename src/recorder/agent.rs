@@ -74,6 +74,8 @@ pub struct AgentSource {
     /// Calls that the agent passed through, of those counted the ones that are told.
     passed_told: u64,
     tables: Tables,
+    /// It was told that not all code can be known any more.
+    native_full: bool,
     /// Since when CPython's allocators have not been recorded.
     tables_lost: Option<Instant>,
 }
@@ -90,13 +92,14 @@ impl AgentSource {
         let Planted { loaded, rings, heart, settings, .. } = planted;
         let pid = loaded.pid;
         let mut told = Told::new(python.layout.meaning.line_table, native);
-        if let (Some(code), Some((_, directory))) = (told.native_code(), &loaded.native) {
-            code.published(directory.0);
+        if let (Some(code), Some((area, _))) = (told.native_code(), &loaded.native) {
+            code.published(area.number());
         }
         let (now, memory) = (Instant::now(), ProcessMemory::new(pid));
         Ok(Self {
             tables: Tables::of(&loaded, &memory),
             tables_lost: None,
+            native_full: false,
             nap: Nap::new(rings.ring_len(), (!settings.exact).then_some(settings.interval)),
             merger: Merger::new(rings, told, settings.exact),
             clock: Clock::start(settings.ticks_per_second),
@@ -212,19 +215,21 @@ impl AgentSource {
     fn publish_code(&mut self) {
         let Some(code) = self.merger.told().native_code().filter(|_| self.gone.is_none()) else { return };
         code.watch();
-        if !code.take_changed() {
+        if !code.has_changed() {
             return;
         }
         let (mapped, area) = (code.mapped(), self.loaded.native.as_mut());
         let Some((area, _)) = area else { return };
-        match area.publish(&mapped) {
-            Ok((writes, directory)) => {
-                code.published(directory.0);
-                if let Err(error) = self.target.set_native_code(&writes, directory) {
-                    tracing::debug!("the agent cannot be told which code is mapped: {error}");
-                }
-            }
-            Err(full) => tracing::warn!("stacks through newly mapped code are cut short: {full}"),
+        // No place for it yet: the next look tries again.
+        let Some(published) = area.publish(&mapped, || self.target.is_quiet()) else { return };
+        code.published(published.number);
+        if let Err(error) = self.target.set_native_code(&published.writes, published.directory) {
+            tracing::debug!("the agent cannot be told which code is mapped: {error}");
+        }
+        if let Some(full) = published.left_out
+            && !std::mem::replace(&mut self.native_full, true)
+        {
+            tracing::warn!("stacks through code that is mapped from now on may be cut short: {full}");
         }
     }
 

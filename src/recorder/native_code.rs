@@ -28,12 +28,12 @@ pub const CUT: &str = "<truncated here>";
 pub const GUESSED: &str = "<callers from here on are guessed>";
 /// In place of a directory: what is mapped now.
 pub const NOW: u64 = 0;
+/// Directories that are remembered.
+const OLDEST: u64 = 64;
 /// How often the mappings are read for an address that lies in none.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How often the dynamic linker's list is looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(15);
-/// Room for files that are mapped later.
-const MOST_TO_COME: u64 = 8 << 20;
 /// Addresses remembered before the memory of them starts anew.
 const MOST_ADDRESSES: usize = 1 << 20;
 
@@ -59,9 +59,9 @@ pub struct NativeCode {
     loaded: Option<LinkMap>,
     loaded_looked: Instant,
     memory: ProcessMemory,
-    /// Code came or went, and [`NativeCode::take_changed`] has not said so yet.
+    /// Code came or went, and the agent was not told yet.
     changed: bool,
-    /// What was mapped when the agent was told so, by the place of that directory.
+    /// What was mapped when the agent was told so, by the number of that directory.
     published: HashMap<u64, Arc<CodeMap>>,
     /// By directory, address, and whether the frame is guessed.
     frames: HashMap<(u64, u64, bool), Option<FrameId>, RandomState>,
@@ -116,10 +116,9 @@ impl NativeCode {
         files.collect()
     }
 
-    /// Bytes for it in the target: as much again, or 8 MiB, for what may be mapped later. What is not used is never touched.
+    /// Bytes for it in the target, and for what may be mapped later.
     pub fn area_len(&self) -> u64 {
-        let needed = self.needed();
-        needed + needed.max(MOST_TO_COME)
+        NativeArea::len_for(&self.mapped())
     }
 
     /// Bytes that the code takes which is mapped now.
@@ -130,11 +129,15 @@ impl NativeCode {
     /// The agent finds frames by what is mapped now, and names it so.
     pub fn published(&mut self, directory: u64) {
         self.published.insert(directory, Arc::clone(self.eyes.tables().code()));
+        self.changed = false;
+        // No stack waits for its name that long.
+        self.published.retain(|number, _| number + OLDEST > directory);
+        self.frames.retain(|(number, ..), _| *number == NOW || number + OLDEST > directory);
     }
 
-    /// Whether code came or went since the last call.
-    pub fn take_changed(&mut self) -> bool {
-        std::mem::take(&mut self.changed)
+    /// Whether code came or went since the agent was told.
+    pub fn has_changed(&self) -> bool {
+        self.changed
     }
 
     /// Looks which code is mapped, if the dynamic linker has loaded or unloaded something: an address may mean other code by now.

@@ -102,6 +102,19 @@ impl TargetState {
         self.file.write_all_at(&interval.to_le_bytes(), at)
     }
 
+    /// Whether no thread is in the agent at this moment: none has a word of what was published before the last change. False where that
+    /// can't be told.
+    pub fn is_quiet(&self) -> bool {
+        let mut slots = vec![0; size_of::<[Slot; SLOTS]>()];
+        let is_in = |slot: &[u8]| {
+            let (key, in_agent) =
+                (number(slot, offset_of!(Slot, key)), number(slot, offset_of!(Slot, in_agent)));
+            key > TOMBSTONE && in_agent as u32 != 0
+        };
+        let is_read = self.read(offset_of!(State, slots), &mut slots).is_ok();
+        is_read && !slots.chunks_exact(size_of::<Slot>()).any(is_in)
+    }
+
     /// Tells the agent which code is mapped: what is to be written for it, and then where the directory of it is.
     pub fn set_native_code(&self, writes: &[(RemoteAddr, Vec<u8>)], directory: RemoteAddr) -> io::Result<()> {
         for (at, bytes) in writes {
