@@ -38,7 +38,12 @@ fn assert_recorded_by(kind: Kind, before: &Snapshot, target: &Target) {
 }
 
 fn on_all(program: &str, arguments: &[&str]) {
-    for_each_kind(Python::records_promised, |python, kind| records_of(python, kind, program, arguments));
+    // Traps on Debian's builds of older versions add nothing to those on others of these versions, and are slow.
+    let chosen = |python: &Python, kind| {
+        let is_like_others = kind == Kind::Trap && python.name.starts_with("debian-") && python.minor() < 14;
+        python.records_promised(kind) && (common::soak() || !is_like_others)
+    };
+    for_each_kind(chosen, |python, kind| records_of(python, kind, program, arguments));
 }
 
 #[test]

@@ -101,7 +101,8 @@ fn judged(capture: &Capture) -> Vec<Value> {
 }
 
 fn usual(python: &Python) -> bool {
-    python.name.starts_with("pyenv-") && [9, 11, 13].contains(&python.minor())
+    python.name.starts_with("pyenv-")
+        && ([9, 13].contains(&python.minor()) || common::soak() && python.minor() == 11)
 }
 
 fn leaked_mib() -> u64 {

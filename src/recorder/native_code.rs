@@ -161,7 +161,11 @@ impl NativeCode {
         if !self.is_same_program(&executable) {
             return;
         }
-        if executable == self.executable {
+        // What a JIT compiles comes and goes, and has no rules.
+        let of_files =
+            |maps: &[Mapping]| maps.iter().filter(|map| map.is_file()).cloned().collect::<Vec<_>>();
+        if of_files(&executable) == of_files(&self.executable) {
+            self.executable = executable;
             self.loaded = link_map(self.eyes.tables().modules(), &self.memory);
             return;
         }
