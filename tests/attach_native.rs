@@ -217,6 +217,7 @@ fn libraries_that_come_and_go_are_followed() {
         let mut program = Program::start(python, "loads_later.py");
         program.line();
         let pid = program.pid();
+        let before = Snapshot::take(pid);
         let recording = Recording::try_attach(pid, &["--exact", "--native", "--max-wait", "20s"]).unwrap();
         let mut size = 2 << 20;
         let mut say = |line: &str| {
@@ -250,6 +251,8 @@ fn libraries_that_come_and_go_are_followed() {
         assert!(places.windows(2).any(|two| two[0].0.abs_diff(two[1].0) < 1 << 16), "{places:x?}");
         let capture = recording.stop();
         capture.assert_code(0);
+        // The last library is unloaded by now.
+        assert_eq!(before.differences(pid), Vec::<String>::new(), "a trace was left");
         let (mut whole, mut cut) = (0, 0);
         for (round, size) in sizes {
             let expected: &[&str] = match round % 2 {
