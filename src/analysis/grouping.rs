@@ -277,12 +277,14 @@ impl Groups {
     }
 
     fn group(&mut self, key: Key, shared: Shared) -> GroupId {
+        let Shared { function: its_function, library: its_library } = shared;
         let id = self.keys.id(&key, |key| *key);
         match self.shared.get_mut(id as usize) {
             None => self.shared.push(shared),
             Some(known) => {
-                known.function = known.function.filter(|function| Some(*function) == shared.function);
-                known.library = known.library.filter(|library| Some(*library) == shared.library);
+                let Shared { function, library } = known;
+                *function = function.filter(|_| *function == its_function);
+                *library = library.filter(|_| *library == its_library);
             }
         }
         id
@@ -331,7 +333,8 @@ impl Groups {
         let known = |line: u32| Some(line).filter(|line| *line > 0);
         let nothing = GroupName::default();
         let shared = self.shared[id as usize];
-        let library = shared.library.and_then(word);
+        let Shared { library, .. } = shared;
+        let library = library.and_then(word);
         match self.keys.values[id as usize] {
             Key::NoStack => nothing,
             Key::Line(file, line) => {

@@ -6,7 +6,7 @@ use super::figures::{Figures, is_false};
 use super::names::NativeCode;
 use super::text::{counted, duration, size};
 use super::{ReportError, limited, text, write_rest};
-use crate::analysis::{Leaks, Outline, ProcessGrowth, SiteVerdict, TooLittle, Verdict};
+use crate::analysis::{GroupName, Leaks, Outline, ProcessGrowth, SiteVerdict, TooLittle, Verdict};
 use serde::Serialize;
 use std::io::Write;
 
@@ -158,6 +158,7 @@ impl LeaksReport<'_> {
 
     fn site<'s>(&'s self, site: &'s SiteVerdict) -> Site<'s> {
         let figures = self.figures();
+        let GroupName { library, .. } = &site.name;
         let resident = self.leaks.process.resident_growth.filter(|grown| *grown > 0);
         let share = resident.map(|grown| thousandths(site.growth.0 / grown as f64));
         Site {
@@ -165,7 +166,7 @@ impl LeaksReport<'_> {
             function: site.name.function.as_deref(),
             file: site.name.file.as_deref(),
             line: site.name.line,
-            code: site.name.library.as_deref().map(NativeCode::of),
+            code: library.as_deref().map(NativeCode::of),
             evidence: self.evidence(site),
             pid: self.outline.findings.header.pid,
             bytes: site.live.bytes(),
